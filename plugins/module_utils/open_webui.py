@@ -1,0 +1,349 @@
+# Copyright: the selfhost.lmdeploy maintainers
+# Apache-2.0 (see LICENSE)
+"""Open WebUI's configuration as pure functions: what is wrong with it, and the environment that says it.
+
+Names and meanings are those of Open WebUI 0.12 (its env.py and config.py).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import posixpath
+import re
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.environment_file import NAME, text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# Older ones let a user run code and take over chats (CVE-2026-45349, CVE-2026-45395); 0.12.4 is what was tested.
+VERSION_FLOOR = (0, 12, 4)
+PASSWORD_CHARACTERS_MIN = 12
+# bcrypt reads no more, and Open WebUI refuses what is longer.
+PASSWORD_BYTES_MAX = 72
+SECRET_KEY_BYTES_MIN = 32
+
+# The variable of the role that an Open WebUI variable belongs to: open_webui_settings must not set it a second time.
+OWNERS = {
+    "BYPASS_MODEL_ACCESS_CONTROL": "open_webui_models_public",
+    "DATA_DIR": "open_webui_data_dir",
+    "DEFAULT_MODELS": "open_webui_default_models",
+    "ENABLE_OLLAMA_API": "open_webui_ollama_urls",
+    "ENABLE_OPENAI_API": "open_webui_connections",
+    "ENABLE_PERSISTENT_CONFIG": "none: the role is the one place of configuration",
+    "ENABLE_SIGNUP": "open_webui_signup_enabled",
+    "FORWARDED_ALLOW_IPS": "open_webui_trusted_proxies",
+    "HOST": "open_webui_host",
+    "OFFLINE_MODE": "open_webui_offline",
+    "OLLAMA_BASE_URL": "open_webui_ollama_urls",
+    "OLLAMA_BASE_URLS": "open_webui_ollama_urls",
+    "OPENAI_API_BASE_URL": "open_webui_connections",
+    "OPENAI_API_BASE_URLS": "open_webui_connections",
+    "OPENAI_API_CONFIGS": "open_webui_connections",
+    "OPENAI_API_KEY": "open_webui_connections",
+    "OPENAI_API_KEYS": "open_webui_connections",
+    "PORT": "open_webui_port",
+    "STATIC_DIR": "open_webui_static_dir",
+    "USE_SLIM_DOCKER": "open_webui_profile",
+    "WEBUI_ADMIN_EMAIL": "open_webui_admin_email",
+    "WEBUI_ADMIN_NAME": "open_webui_admin_name",
+    "WEBUI_ADMIN_PASSWORD": "open_webui_admin_password",
+    "WEBUI_SECRET_KEY": "open_webui_secret_key",
+    "WEBUI_URL": "open_webui_url",
+}
+
+# Closed or quiet unless open_webui_settings says otherwise: code from the net, code in chats, calls home.
+CLOSED: dict[str, Any] = {
+    "AIOHTTP_CLIENT_TIMEOUT_MODEL_LIST": 3,
+    "ANONYMIZED_TELEMETRY": False,
+    "DO_NOT_TRACK": True,
+    "ENABLE_CODE_EXECUTION": False,
+    "ENABLE_CODE_INTERPRETER": False,
+    "ENABLE_COMMUNITY_SHARING": False,
+    "ENABLE_PIP_INSTALL_FRONTMATTER_REQUIREMENTS": False,
+    "ENABLE_PLUGINS": False,
+    "ENABLE_VERSION_UPDATE_CHECK": False,
+    "ENV": "prod",
+    "RAG_EMBEDDING_MODEL_TRUST_REMOTE_CODE": False,
+    "RAG_RERANKING_MODEL_TRUST_REMOTE_CODE": False,
+    "SCARF_NO_ANALYTICS": True,
+}
+
+# A browser sends some 26 built-in tools with each chat, which LMDeploy refuses unless it has a parser for them.
+WITHOUT_TOOLS: dict[str, Any] = {
+    "DEFAULT_MODEL_METADATA": {"capabilities": {"builtin_tools": False}},
+    "DEFAULT_MODEL_PARAMS": {"function_calling": "legacy"},
+}
+
+
+def connection_url(url: str) -> str:
+    """Return the address as Open WebUI wants it: no slash at its end, and ``/v1`` where no path is given.
+
+    Raises ValueError with the fault where it is no address of an HTTP server.
+    """
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("has no scheme: write http:// or https:// before it")
+    if not parts.hostname:
+        raise ValueError("names no host")
+    if parts.query or parts.fragment or ";" in url or any(char.isspace() for char in parts.geturl()):
+        raise ValueError("must end with its path: no query, no fragment, no semicolon, no space")
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise ValueError("has a port that is not between 1 and 65535")
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/") or "/v1"))
+
+
+def ollama_url(url: str) -> str:
+    """Return the address of an Ollama server without a slash at its end; the same faults as ``connection_url``."""
+    cleaned = connection_url(url)
+    return cleaned[: -len("/v1")] if urlsplit(url.strip()).path in ("", "/") else cleaned
+
+
+def probe_url(host: str, port: int) -> str:
+    """Return where a client on the same machine reaches a server that listens on ``host``."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - what a person may give
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def merged(default: Any, given: Any) -> Any:
+    """Return ``given`` over ``default``: dicts key by key, everything else replaced."""
+    if isinstance(default, dict) and isinstance(given, dict):
+        return {**default, **{key: merged(default.get(key), value) for key, value in given.items()}}
+    return given
+
+
+def environment(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return Open WebUI's environment from the role's variables (names without their prefix).
+
+    ``variables`` holds what may be shown, ``secrets`` the keys of the connections. The secret key and the admin's
+    password are not here: they are made on the host and don't leave it.
+    """
+    connections: Sequence[Mapping[str, Any]] = config["connections"]
+    values: dict[str, Any] = {
+        **CLOSED,
+        **({} if config["builtin_tools_enabled"] else WITHOUT_TOOLS),
+        **({"CORS_ALLOW_ORIGIN": _origin(config["url"])} if config["url"] else {}),
+        "WEBUI_SESSION_COOKIE_SECURE": config["url"].startswith("https://"),
+    }
+    for name, value in config["settings"].items():
+        values[name] = merged(values.get(name), value)
+    values.update(config["environment"])
+    values.update(
+        {
+            "BYPASS_MODEL_ACCESS_CONTROL": config["models_public"],
+            "DATA_DIR": config["data_dir"],
+            "ENABLE_OLLAMA_API": bool(config["ollama_urls"]),
+            "ENABLE_OPENAI_API": bool(connections),
+            "ENABLE_PERSISTENT_CONFIG": False,
+            "ENABLE_SIGNUP": config["signup_enabled"],
+            "FORWARDED_ALLOW_IPS": ",".join(config["trusted_proxies"]),
+            "OFFLINE_MODE": config["offline"],
+            "OPENAI_API_BASE_URLS": ";".join(connection_url(entry["url"]) for entry in connections),
+            "OPENAI_API_CONFIGS": {str(index): _connection(entry) for index, entry in enumerate(connections)},
+            "STATIC_DIR": config["static_dir"],
+            "USE_SLIM_DOCKER": config["profile"] == "slim",
+            "WEBUI_ADMIN_EMAIL": config["admin_email"],
+            "WEBUI_ADMIN_NAME": config["admin_name"],
+        }
+    )
+    if config["ollama_urls"]:
+        values["OLLAMA_BASE_URLS"] = ";".join(ollama_url(url) for url in config["ollama_urls"])
+    if config["default_models"]:
+        values["DEFAULT_MODELS"] = ",".join(config["default_models"])
+    if config["url"]:
+        values["WEBUI_URL"] = config["url"].rstrip("/")
+    return {
+        "variables": {name: text_of(value) for name, value in values.items() if value is not None},
+        "secrets": {"OPENAI_API_KEYS": ";".join(entry.get("api_key") or "" for entry in connections)},
+    }
+
+
+def faults(config: Mapping[str, Any]) -> list[str]:
+    """Return every fault of the role's variables, each as one sentence with variable, value and way out."""
+    return [
+        *_version_faults(config),
+        *_address_faults(config),
+        *_connection_faults(config),
+        *_account_faults(config),
+        *_folder_faults(config),
+        *_settings_faults(config),
+    ]
+
+
+def _origin(url: str) -> str:
+    """Return scheme, host and port of an address: what a browser sends as Origin."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _connection(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how Open WebUI is to use one connection."""
+    return {
+        "enable": True,
+        "model_ids": list(entry.get("models") or []),
+        "prefix_id": entry.get("prefix") or "",
+        "connection_type": "local" if _is_local(connection_url(entry["url"])) else "external",
+        "auth_type": "bearer" if entry.get("api_key") else "none",
+    }
+
+
+def _is_local(url: str) -> bool:
+    """Tell whether a server stands in the own network: the UI marks it so, and keeps its title tasks there."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return "." not in host
+
+
+def _version_faults(config: Mapping[str, Any]) -> list[str]:
+    version = str(config["version"])
+    if re.fullmatch(r"\d+\.\d+\.\d+", version) is None:
+        return [f"open_webui_version is {version!r}, not a release such as 0.12.4"]
+    if tuple(int(part) for part in version.split(".")) < VERSION_FLOOR:
+        floor = ".".join(str(part) for part in VERSION_FLOOR)
+        return [
+            f"open_webui_version {version} is below {floor}, and older ones have known holes: take {floor} or later"
+        ]
+    return []
+
+
+def _address_faults(config: Mapping[str, Any]) -> list[str]:
+    found = []
+    if not 1 <= int(config["port"]) <= 65535:
+        found.append(f"open_webui_port is {config['port']}: take one between 1 and 65535")
+    if not re.fullmatch(r"[A-Za-z0-9.:-]+", config["host"]):
+        found.append(
+            f"open_webui_host is {config['host']!r}: give an address or name, 127.0.0.1 or 0.0.0.0 for example"
+        )
+    if config["url"] and (
+        urlsplit(config["url"]).scheme not in ("http", "https") or not urlsplit(config["url"]).hostname
+    ):
+        found.append(
+            f"open_webui_url is {config['url']!r}: give the whole address, https://chat.example.org for example"
+        )
+    return found
+
+
+def _connection_faults(config: Mapping[str, Any]) -> list[str]:
+    found = []
+    seen: dict[tuple[str, str], int] = {}
+    for index, entry in enumerate(config["connections"]):
+        name = f"open_webui_connections[{index}]"
+        if fault := _url_fault(entry["url"]):
+            found.append(f"{name}.url is {entry['url']!r} and {fault}")
+            continue
+        key = entry.get("api_key") or ""
+        if ";" in key or key != key.strip() or not key.isprintable():
+            found.append(
+                f"{name}.api_key has a semicolon, an outer space or a control character, where Open WebUI cuts it"
+            )
+        url = connection_url(entry["url"])
+        first = seen.setdefault((url, entry.get("prefix") or ""), index)
+        if first != index:
+            found.append(
+                f"{name}.url is {url!r}, as open_webui_connections[{first}] already is: drop one or give it a prefix"
+            )
+    found.extend(
+        f"open_webui_ollama_urls[{index}] is {url!r} and {_url_fault(url)}"
+        for index, url in enumerate(config["ollama_urls"])
+        if _url_fault(url)
+    )
+    return found
+
+
+def _url_fault(url: str) -> str:
+    """Return what is wrong with an address, or nothing."""
+    try:
+        connection_url(url)
+    except ValueError as fault:
+        return str(fault)
+    return ""
+
+
+def _account_faults(config: Mapping[str, Any]) -> list[str]:
+    found = []
+    email, password, key = config["admin_email"], config["admin_password"], config["secret_key"]
+    if re.fullmatch(r"[^@\s]+@(localhost|[^@\s]+\.[^@\s]+)", email) is None:
+        found.append(f"open_webui_admin_email is {email!r}: Open WebUI takes name@host.domain or name@localhost")
+    if password and len(password) < PASSWORD_CHARACTERS_MIN:
+        found.append(
+            f"open_webui_admin_password has {len(password)} characters: give at least {PASSWORD_CHARACTERS_MIN}, "
+            "or none to have one generated"
+        )
+    if len(password.encode()) > PASSWORD_BYTES_MAX:
+        found.append(
+            f"open_webui_admin_password has more than {PASSWORD_BYTES_MAX} bytes, and Open WebUI reads no more"
+        )
+    if password != password.strip() or not password.isprintable():
+        found.append("open_webui_admin_password has an outer space or a control character: leave it out")
+    if key and len(key.encode()) < SECRET_KEY_BYTES_MIN:
+        found.append(
+            f"open_webui_secret_key has {len(key.encode())} bytes: give at least {SECRET_KEY_BYTES_MIN}, "
+            "or none to have one generated"
+        )
+    if key != key.strip() or not key.isprintable():
+        found.append("open_webui_secret_key has an outer space or a control character: leave it out")
+    return found
+
+
+def _folder_faults(config: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name in ("data_dir", "static_dir"):
+        path = config[name]
+        if not path.startswith("/") or posixpath.normpath(path) in (
+            "/",
+            "/etc",
+            "/usr",
+            "/var",
+            "/var/lib",
+            "/opt",
+            "/srv",
+        ):
+            found.append(f"open_webui_{name} is {path!r}: give the absolute path of a folder of its own")
+        elif any(char in path for char in " \t\n\"'\\%$;:"):
+            found.append(
+                f"open_webui_{name} is {path!r}: a unit can't name a path with spaces, quotes or one of \\ % $ ; :"
+            )
+        elif _is_inside(path, config["prefix"]):
+            found.append(
+                f"open_webui_{name} is {path!r}, inside {config['prefix']}, where an upgrade would leave it behind: "
+                f"take /var/lib/open-webui/{name.removesuffix('_dir')} or another folder outside"
+            )
+        elif any(_is_inside(path, hidden) for hidden in ("/home", "/root", "/run/user", "/tmp", "/var/tmp")):  # noqa: S108
+            found.append(
+                f"open_webui_{name} is {path!r}: the unit sees no home or temporary folder, take one elsewhere"
+            )
+    apart = not (
+        _is_inside(config["data_dir"], config["static_dir"]) or _is_inside(config["static_dir"], config["data_dir"])
+    )
+    if not found and not apart:
+        found.append(
+            f"open_webui_static_dir {config['static_dir']!r} and open_webui_data_dir {config['data_dir']!r} lie in one "
+            "another, and Open WebUI empties the static one at each start: keep them apart"
+        )
+    return found
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Tell whether ``path`` is ``folder`` or lies below it, by their names alone."""
+    path, folder = posixpath.normpath(path), posixpath.normpath(folder)
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _settings_faults(config: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name in config["settings"]:
+        if NAME.match(str(name)) is None:
+            found.append(f"open_webui_settings has {name!r}, which is not a name for an environment variable")
+        elif name in OWNERS:
+            found.append(f"open_webui_settings has {name}, which is set by another variable ({OWNERS[name]}): use that")
+        elif "\0" in text_of(config["settings"][name]):
+            found.append(f"open_webui_settings.{name} holds a NUL character: leave it out")
+    return found
