@@ -1,0 +1,101 @@
+"""The module unit_current: when a unit is started, restarted or left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.selfhost.lmdeploy.plugins.modules import unit_current
+
+# 2026-11-22 21:10:55.500000 UTC
+MOMENT = 1795381855.5
+ACTIVE = {
+    "LoadState": "loaded",
+    "ActiveState": "active",
+    "UnitFileState": "enabled",
+    "NeedDaemonReload": "no",
+    "FragmentPath": "",
+    "ExecMainStartTimestamp": "Sun 2026-11-22 21:10:55.500000 UTC",
+}
+
+
+def plan(shown: dict[str, str], **changes: Any) -> tuple[list[str], str]:
+    """Return the plan for a unit in the given state."""
+    params = {"state": "started", "enabled": True, "files": [], "restarted": False, **changes}
+    return unit_current.plan(params, {**ACTIVE, **shown})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Return a file as old as the process."""
+    path = tmp_path / "app.env"
+    path.touch()
+    os.utime(path, (MOMENT - 1, MOMENT - 1))
+    return path
+
+
+def test_a_unit_that_runs_with_its_files_is_left_alone(file: Path) -> None:
+    assert plan({}, files=[str(file), "/does/not/exist"]) == ([], "")
+
+
+def test_a_newer_file_restarts_and_is_named(file: Path) -> None:
+    os.utime(file, (MOMENT + 0.01, MOMENT + 0.01))
+    assert plan({}, files=[str(file)]) == (["restart"], f"{file} is newer than the process")
+    assert plan({"FragmentPath": str(file)})[0] == ["restart"]
+
+
+def test_a_switched_link_restarts_although_its_target_is_old(file: Path) -> None:
+    link = file.with_name("current")
+    link.symlink_to(file)
+    os.utime(link, (MOMENT + 1, MOMENT + 1), follow_symlinks=False)
+    assert plan({}, files=[str(link)]) == (["restart"], f"{link} is newer than the process")
+
+
+def test_what_check_mode_would_write_counts() -> None:
+    assert plan({}, restarted=True)[0] == ["restart"]
+
+
+@pytest.mark.parametrize("state", ["inactive", "failed", "deactivating"])
+def test_a_unit_that_does_not_run_is_started(state: str) -> None:
+    assert plan({"ActiveState": state, "ExecMainStartTimestamp": ""}, restarted=True) == (["start"], "")
+
+
+def test_a_start_under_way_is_joined() -> None:
+    assert plan({"ActiveState": "activating"}) == (["start"], "")
+
+
+def test_a_new_unit_is_enabled_and_started() -> None:
+    shown = {"LoadState": "not-found", "ActiveState": "inactive", "UnitFileState": "", "ExecMainStartTimestamp": ""}
+    assert plan(shown) == (["enable", "start"], "")
+
+
+def test_a_changed_unit_file_is_read_again_first(file: Path) -> None:
+    os.utime(file, (MOMENT + 1, MOMENT + 1))
+    assert plan({"NeedDaemonReload": "yes", "FragmentPath": str(file)})[0] == ["daemon-reload", "restart"]
+
+
+def test_stopping() -> None:
+    assert plan({}, state="stopped", enabled=False) == (["disable", "stop"], "")
+    gone = {"LoadState": "not-found", "ActiveState": "inactive", "UnitFileState": ""}
+    assert plan(gone, state="stopped", enabled=False) == ([], "")
+    assert plan({"ActiveState": "failed"}, state="stopped") == ([], "")
+
+
+def test_times_are_read_as_systemd_prints_them() -> None:
+    assert unit_current.started_at(ACTIVE) == MOMENT
+    assert unit_current.started_at({"ExecMainStartTimestamp": ""}) is None
+    assert unit_current.started_at({"ExecMainStartTimestamp": "n/a"}) is None
+
+
+def test_a_failed_start_brings_the_end_of_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def systemctl(*command: str) -> str:
+        if command[0] == "journalctl":
+            return "Address already in use\n"
+        raise unit_current.UnitError("Job for app.service failed.")
+
+    monkeypatch.setattr(unit_current, "run", systemctl)
+    assert unit_current.journal("app.service", 5) == "Address already in use"
+    with pytest.raises(unit_current.UnitError, match="Job for"):
+        unit_current.converge({"name": "app.service", "state": "started"}, dry=False)
