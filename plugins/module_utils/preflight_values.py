@@ -1,0 +1,421 @@
+# Copyright: the selfhost.lmdeploy maintainers
+# Apache-2.0 (see LICENSE)
+"""Checks that need the inventory only: values by themselves and against each other. Pure, no Ansible."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
+    LOOPBACK,
+    Desired,
+    Finding,
+    Instance,
+    overlaps,
+    version_key,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Below these versions stand known security faults.
+FLOORS = {"lmdeploy": "0.18.0", "open_webui": "0.12.4"}
+PASSWORD_LENGTH = 12
+
+# Names of settings that end in a unit, an environment file or a command line.
+TEXT_NAME = re.compile(
+    r"(^|_)(url|urls|dir|path|prefix|name|host|model|user|group|version|email|file|lock|template|parser|endpoint|"
+    r"revision|id|proxy|gpus|python|channels|parsers)$"
+)
+PATH_NAME = re.compile(r"(^|_)(dir|path|prefix)$")
+# A person's name may hold quotes; it is data in one file that quotes it.
+FREE_TEXT = frozenset({"open_webui_admin_name"})
+HOSTILE = (
+    (re.compile(r"[\x00-\x1f\x7f]"), "a line break or another control character"),
+    (re.compile(r"[\"'`]"), "a quote"),
+    (re.compile(r"\{\{|\{%|\{#"), "the start of a template"),
+    (re.compile(r"%"), "a percent sign"),
+    (re.compile(r"[\\$]"), "a backslash or a dollar sign"),
+)
+# Flags that the role's own variables set, and what sets them.
+OWN_FLAGS = {
+    "--api-keys": "api_server_api_key",
+    "--server-name": "api_server_host",
+    "--server-port": "api_server_port",
+    "--model-name": "api_server_model_name",
+    "--revision": "api_server_model_revision",
+    "--backend": "api_server_backend",
+    "--tp": "api_server_tp",
+    "--chat-template": "api_server_chat_template",
+    "--session-len": "api_server_session_len",
+    "--cache-max-entry-count": "api_server_cache_max_entry_count",
+    "--max-batch-size": "api_server_max_batch_size",
+    "--tool-call-parser": "api_server_tool_call_parser",
+    "--trust-remote-code": "api_server_trust_remote_code",
+}
+
+
+def check_ports(desired: Desired) -> Iterator[Finding]:
+    """port_range: a port is a number from 1 to 65535."""
+    for variable, port, _address, _unit in desired.endpoints():
+        if port is not None and not 1 <= port <= 65535:
+            yield desired.fault(
+                "port_range",
+                variable,
+                port,
+                "A TCP port is a number from 1 to 65535.",
+                f"Set {variable} to a free port.",
+            )
+
+
+def check_port_clashes(desired: Desired) -> Iterator[Finding]:
+    """port_clash: two of our own services want one port."""
+    seen: list[tuple[str, int, str, str]] = []
+    for variable, port, address, unit in desired.endpoints():
+        if port is None:
+            continue
+        for other_variable, other_port, other_address, other_unit in seen:
+            if port == other_port and overlaps(address, other_address):
+                yield desired.fault(
+                    "port_clash",
+                    variable,
+                    port,
+                    f"{other_unit} is to listen on port {port} too ({other_variable}).",
+                    f"Give {unit} a port of its own.",
+                )
+                break
+        seen.append((variable, port, address, unit))
+
+
+def check_instance_names(desired: Desired) -> Iterator[Finding]:
+    """instance_name: names of instances become names of units, so they are plain and each stands once."""
+    seen: set[str] = set()
+    for instance in desired.instances:
+        if instance.index < 0:
+            continue
+        name = str(instance.own.get("name", ""))
+        variable = f"api_server_instances[{instance.index}].name"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            why = "It becomes part of a unit's name, so it is made of letters, digits, '.', '_' and '-'."
+            yield desired.fault("instance_name", variable, name, why, "Give the instance a short plain name.")
+        elif name in seen:
+            yield desired.fault("instance_name", variable, name, "Another instance has this name.", "Name each once.")
+        seen.add(name)
+
+
+def check_tp_form(desired: Desired) -> Iterator[Finding]:
+    """tp_form: LMDeploy splits a model over 1, 2, 4, 8, ... cards."""
+    if desired.engine == "llama_cpp":
+        return
+    for instance in desired.instances:
+        value = instance.get("tp")
+        tp = whole(value)
+        if value in (None, "", "auto") or (tp is not None and tp > 0 and tp & (tp - 1) == 0):
+            continue
+        yield desired.fault(
+            "tp_form",
+            instance.variable("tp"),
+            value,
+            "LMDeploy splits a model over a number of cards that is a power of two.",
+            f"Set {instance.variable('tp')} to auto, or to 1, 2, 4 or 8.",
+        )
+
+
+def check_floors(desired: Desired) -> Iterator[Finding]:
+    """version_floor: releases below the security floor are not installed."""
+    for environment in desired.environments:
+        floor = FLOORS.get(environment.role, "0.0")
+        version = desired.text(environment.version_variable)
+        key = version_key(version)
+        if not version or (key is not None and key >= (version_key(floor) or ())):
+            continue
+        why = f"It is below {floor}, the oldest release of {environment.package} without known security faults."
+        if key is None:
+            why = "It is no version: numbers with dots between them, such as 1.2.3."
+        fix = f"Set {environment.version_variable} to {floor} or later."
+        yield desired.fault("version_floor", environment.version_variable, version, why, fix)
+
+
+def check_locks(desired: Desired) -> Iterator[Finding]:
+    """lock: the lock file exists, pins the version that the variables ask for, and has a hash for every file."""
+    for environment in desired.environments:
+        variable = environment.lock_variable
+        if variable not in desired.locks:
+            continue
+        path, text = desired.text(variable), desired.locks[variable]
+        version = desired.text(environment.version_variable)
+        if text is None:
+            why = "There is no such file on the controller."
+            fix = f"Set {environment.version_variable} to a version with a lock, or make one with script/lock."
+            yield desired.fault("lock", variable, path, why, fix)
+            continue
+        pinned = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", text, re.MULTILINE))
+        names = {re.sub(r"[-_.]+", "-", name).lower(): found for name, found in pinned.items()}
+        if names.get(environment.package) != version:
+            held = names.get(environment.package)
+            why = (
+                f"It pins {environment.package} {held}, but {environment.version_variable} is {version}."
+                if held
+                else f"It doesn't pin {environment.package}."
+            )
+            fix = f"Make {environment.version_variable} and {variable} agree."
+            yield desired.fault("lock", variable, path, why, fix)
+        elif text.count("--hash=sha256:") < len(names):
+            why = "Not every requirement in it has a sha256, so what gets installed is not certain."
+            yield desired.fault("lock", variable, path, why, "Make the lock with script/lock.")
+
+
+def _known(names: list[str]) -> str:
+    return "It knows " + ", ".join(sorted(names)) + "."
+
+
+def check_names_of_engine(desired: Desired) -> Iterator[Finding]:
+    """chat_template, tool_call_parser, reasoning_parser: names that this version of LMDeploy knows."""
+    known = desired.command_line
+    if desired.engine != "lmdeploy" or not known:
+        return
+    kinds = (
+        ("chat_template", "chat_templates", "the model's own template is the right one"),
+        ("tool_call_parser", "tool_call_parsers", "tools are then refused"),
+        ("reasoning_parser", "reasoning_parsers", "the answer is then passed on as it is"),
+    )
+    for instance in desired.instances:
+        for key, listed, without in kinds:
+            value = instance.text(key)
+            # A chat template may also be a JSON file on the host.
+            is_file = key == "chat_template" and (value.startswith("/") or value.endswith(".json"))
+            names = [str(name) for name in known.get(listed, [])]
+            if not value or is_file or value in names:
+                continue
+            why = f"LMDeploy {known.get('version')} does not know it. {_known(names)}"
+            fix = f"Leave {instance.variable(key)} empty ({without}), or take one of these."
+            yield desired.fault(key, instance.variable(key), value, why, fix)
+
+
+def _flags(instance: Instance) -> Iterator[tuple[str, str]]:
+    """Yield (flag, first value) of the extra arguments."""
+    words = [str(word) for word in instance.items("extra_args")]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", word):
+            flag, equals, value = word.partition("=")
+            yield flag, value if equals else following
+
+
+def _judge_flag(desired: Desired, instance: Instance, flag: str, value: str) -> Finding | None:
+    known: dict[str, Any] = dict((desired.command_line or {}).get("flags", {}))
+    variable = instance.variable("extra_args")
+    if flag in OWN_FLAGS:
+        # Two values of one flag would be a riddle, and keys on a command line are seen by every user of the host.
+        fix = f"Set {OWN_FLAGS[flag]} instead."
+        return desired.fault("flag", variable, flag, "The role sets this flag itself.", fix)
+    if flag not in known:
+        near = get_close_matches(flag, known, n=1)
+        fix = f"Did you mean {near[0]}?" if near else "Take it out; lmdeploy serve api_server --help lists the flags."
+        version = (desired.command_line or {}).get("version")
+        return desired.fault("flag", variable, flag, f"LMDeploy {version} does not know this flag.", fix)
+    choices = [str(choice) for choice in known[flag].get("choices") or []]
+    if choices and value not in choices:
+        why = f"LMDeploy {(desired.command_line or {}).get('version')} does not take this value."
+        return desired.fault(
+            "flag", variable, f"{flag} {value}".strip(), why, "Take one of " + ", ".join(choices) + "."
+        )
+    return None
+
+
+def check_flags(desired: Desired) -> Iterator[Finding]:
+    """flag: extra arguments that this version of LMDeploy knows and that no variable sets."""
+    if desired.engine != "lmdeploy" or not desired.command_line:
+        return
+    for instance in desired.instances:
+        for flag, value in _flags(instance):
+            finding = _judge_flag(desired, instance, flag, value)
+            if finding:
+                yield finding
+
+
+def check_known_version(desired: Desired) -> Iterator[Finding]:
+    """engine_unknown: without a description of the version's command line the names above can't be checked."""
+    if desired.engine == "lmdeploy" and desired.command_line is None:
+        version = desired.text("lmdeploy_version")
+        why = "Nothing is known here about this version's flags and templates, so they are checked only after install."
+        fix = "Prefer a version that the role carries a description of."
+        yield desired.warning("engine_unknown", "lmdeploy_version", version, why, fix)
+
+
+def _urls(desired: Desired) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    web, any_place = ("http", "https"), ("http", "https", "file")
+    for index, entry in enumerate(desired.items("open_webui_connections")):
+        if isinstance(entry, dict):
+            yield f"open_webui_connections[{index}].url", str(entry.get("url", "")), web
+    for index, entry in enumerate(desired.items("open_webui_ollama_urls")):
+        yield f"open_webui_ollama_urls[{index}]", str(entry), web
+    for name in ("mirrors_pip_index_url", "mirrors_miniconda_url", "miniconda_installer_url"):
+        if desired.text(name):
+            yield name, desired.text(name), any_place
+    for name in ("mirrors_hf_endpoint", "mirrors_http_proxy", "mirrors_https_proxy"):
+        if desired.text(name):
+            yield name, desired.text(name), web
+
+
+def check_urls(desired: Desired) -> Iterator[Finding]:
+    """url: an address has a scheme and a host. A slash at its end is fine: the roles take it off."""
+    for variable, url, schemes in _urls(desired):
+        parts = urlsplit(url)
+        if parts.scheme in schemes and (parts.netloc or parts.scheme == "file"):
+            continue
+        example = "https://HOST/v1" if "connections" in variable else "https://HOST"
+        why = "An address starts with " + " or ".join(f"{scheme}://" for scheme in schemes) + " and names a host."
+        yield desired.fault("url", variable, url, why, f"Write {variable} as {example}.")
+
+
+def check_folders(desired: Desired) -> Iterator[Finding]:
+    """data_dir: what people keep does not lie in what an update replaces."""
+    prefix = desired.text("miniconda_prefix").rstrip("/")
+    for variable in ("open_webui_data_dir", "model_weights_dir"):
+        path = desired.text(variable)
+        if prefix and path and f"{path}/".startswith(f"{prefix}/"):
+            why = f"It lies below {prefix} (miniconda_prefix), where an update replaces and removes folders."
+            yield desired.fault("data_dir", variable, path, why, f"Set {variable} to a folder below /var/lib or /srv.")
+
+
+def check_password(desired: Desired) -> Iterator[Finding]:
+    """admin_password: long enough, or left empty so that one is made."""
+    password = desired.text("open_webui_admin_password")
+    if password and len(password) < PASSWORD_LENGTH:
+        why = f"It has {len(password)} characters; the least is {PASSWORD_LENGTH}."
+        fix = "Take a longer one, or leave it empty: a strong one is made and kept on the host."
+        yield desired.fault("admin_password", "open_webui_admin_password", password, why, fix)
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yield (full name, last name, value) of everything inside a variable."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            for full, last, leaf in _leaves(str(key), entry):
+                yield f"{name}.{full}", last, leaf
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            for full, last, leaf in _leaves(name, entry):
+                yield f"{name}[{index}]{full.removeprefix(name)}", last, leaf
+    else:
+        yield name, name, value
+
+
+def check_sha256(desired: Desired) -> Iterator[Finding]:
+    """sha256: 64 hexadecimal digits."""
+    for name, value in desired.values.items():
+        for full, last, leaf in _leaves(name, value):
+            if last.endswith("sha256") and not re.fullmatch(r"[0-9a-fA-F]{64}", str(leaf or "")):
+                why = "A SHA-256 is 64 hexadecimal digits."
+                fix = "Copy it from the page that the file comes from, or from sha256sum FILE."
+                yield desired.fault("sha256", full, leaf, why, fix)
+
+
+def _hostile(variable: str, last: str, text: str) -> str:
+    """Return what is wrong with a text that ends in a unit, '' if nothing is."""
+    for number, (pattern, name) in enumerate(HOSTILE):
+        if last in FREE_TEXT and number > 0:
+            return ""
+        # A mirror's address may carry a user and a password, written with %XX.
+        if name == "a percent sign" and variable.startswith("mirrors_"):
+            continue
+        if pattern.search(text):
+            return name
+    return "a blank" if PATH_NAME.search(last) and " " in text else ""
+
+
+def check_texts(desired: Desired) -> Iterator[Finding]:
+    """hostile_text, path: names, paths and addresses that mean the same in a unit, a file and a command line."""
+    for name, value in desired.values.items():
+        for full, last, leaf in _leaves(name, value):
+            if not isinstance(leaf, str) or not leaf or not (TEXT_NAME.search(last) or TEXT_NAME.search(name)):
+                continue
+            wrong = _hostile(name, last, leaf)
+            if wrong:
+                why = f"It holds {wrong}, which would change the meaning of a unit or of an environment file."
+                yield desired.fault("hostile_text", full, leaf, why, f"Write {full} without it.")
+            elif PATH_NAME.search(last) and not leaf.startswith("/"):
+                why = "It is no absolute path, so it would depend on who runs what where."
+                yield desired.fault("path", full, leaf, why, f"Start {full} with a slash.")
+
+
+def check_separate_environments(desired: Desired) -> Iterator[Finding]:
+    """env_shared: each program has an environment of its own; their dependencies exclude each other."""
+    seen: dict[str, str] = {}
+    for environment in desired.environments:
+        name = desired.text(environment.name_variable)
+        if name in seen and name:
+            why = f"{seen[name]} has the same value, and the two programs need other versions of the same packages."
+            fix = "Give each its own environment."
+            yield desired.fault("env_shared", environment.name_variable, name, why, fix)
+        seen.setdefault(name, environment.name_variable)
+
+
+def check_reach_of_engine(desired: Desired) -> Iterator[Finding]:
+    """loopback: a web host can't reach an engine that listens on its own host only."""
+    if "open_webui" not in desired.roles or desired.items("open_webui_connections"):
+        return
+    for peer in desired.peers:
+        for address in peer.listens:
+            if peer.host != desired.host and LOOPBACK.fullmatch(address):
+                why = f"The engine on {peer.host} listens there only, so Open WebUI on {desired.host} can't reach it."
+                fix = f"Set api_server_host of {peer.host} to an address that {desired.host} reaches."
+                yield desired.fault("loopback", f"api_server_host of {peer.host}", address, why, fix)
+
+
+def check_exposure(desired: Desired) -> Iterator[Finding]:
+    """exposed: whoever opens an engine to the network should know what that means."""
+    for instance in desired.instances:
+        address = instance.text("host")
+        if address and not LOOPBACK.fullmatch(address):
+            why = "Everyone who reaches this address can try the engine's key, and the traffic is not encrypted."
+            fix = "Keep the port behind a firewall, or bind the engine to 127.0.0.1 and put a TLS gateway before it."
+            yield desired.warning("exposed", instance.variable("host"), address, why, fix)
+
+
+def check_model_format(desired: Desired) -> Iterator[Finding]:
+    """model_format: llama.cpp reads GGUF files, LMDeploy reads folders of safetensors."""
+    if not desired.engine:
+        return
+    for instance in desired.instances:
+        model = instance.text("model")
+        is_gguf = model.lower().endswith(".gguf")
+        if not model or is_gguf == (desired.engine == "llama_cpp"):
+            continue
+        why = (
+            "It is a GGUF file, which llama.cpp reads and LMDeploy does not."
+            if is_gguf
+            else "The engine here is llama.cpp, which reads GGUF files; this is none."
+        )
+        fix = (
+            "Name a model in safetensors form, or set api_server_engine to llama_cpp."
+            if is_gguf
+            else "Name a .gguf file, or run this model on a host with an NVIDIA GPU."
+        )
+        yield desired.fault("model_format", instance.variable("model"), model, why, fix)
+
+
+VALUE_CHECKS = (
+    check_ports,
+    check_port_clashes,
+    check_instance_names,
+    check_tp_form,
+    check_floors,
+    check_locks,
+    check_names_of_engine,
+    check_flags,
+    check_known_version,
+    check_urls,
+    check_folders,
+    check_password,
+    check_sha256,
+    check_texts,
+    check_separate_environments,
+    check_reach_of_engine,
+    check_exposure,
+    check_model_format,
+)

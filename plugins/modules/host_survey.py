@@ -1,0 +1,446 @@
+#!/usr/bin/python
+# Copyright: the selfhost.lmdeploy maintainers
+# Apache-2.0 (see LICENSE)
+"""Look at a host in one call and change nothing: system, memory, disks, ports, cards, mirrors, what is installed."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: host_survey
+short_description: Look at a host in one call and change nothing
+version_added: 1.0.0
+author:
+  - The selfhost.lmdeploy maintainers (@selfhost)
+description:
+  - Tells what M(selfhost.lmdeploy.preflight) needs to judge a host. Judges nothing itself.
+  - Needs no facts, no packages and nothing of this collection on the host.
+options:
+  paths:
+    description: Absolute paths whose file system is looked at; they need not exist.
+    type: list
+    elements: str
+    default: []
+  ports:
+    description: TCP ports whose listeners are looked for.
+    type: list
+    elements: int
+    default: []
+  models:
+    description: Absolute paths of model folders or files.
+    type: list
+    elements: str
+    default: []
+  environments:
+    description: Python environments, and the names of the packages in them whose version is wanted.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      path:
+        description: Absolute path of the environment.
+        type: str
+        required: true
+      packages:
+        description: Names of distributions.
+        type: list
+        elements: str
+        default: []
+  units:
+    description: Patterns of systemd units to tell the state of.
+    type: list
+    elements: str
+    default: []
+  urls:
+    description: Addresses to try from the host. An HTTP answer of any kind but a gateway's error counts as reached.
+    type: list
+    elements: str
+    default: []
+  proxies:
+    description: Proxy settings for O(urls), as the environment variables C(http_proxy), C(https_proxy) and C(no_proxy).
+    type: dict
+    default: {}
+  ca_pem:
+    description: Certificates in PEM form to trust for O(urls) beside those of the host.
+    type: str
+    default: ''
+  timeout_seconds:
+    description: Seconds that all O(urls) together, and that nvidia-smi, may take.
+    type: float
+    default: 4.0
+attributes:
+  check_mode:
+    support: full
+    description: Never changes anything.
+"""
+
+EXAMPLES = r"""
+- name: See who holds the port and how much room the models have
+  selfhost.lmdeploy.host_survey:
+    ports: [23333]
+    paths: [/var/lib/models]
+  register: survey
+"""
+
+RETURN = r"""
+survey:
+  description: The findings; see C(Survey) in C(plugins/module_utils/preflight_survey.py) for every field and its unit.
+  returned: always
+  type: dict
+  sample: {"os_id": "debian", "os_version": "12", "architecture": "x86_64", "memory_bytes": 25220354048}
+"""
+
+import json
+import os
+import platform
+import queue
+import re
+import shutil
+import ssl
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import preflight_survey as facts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+T = TypeVar("T")
+
+NVIDIA_SMI = ("/usr/bin/nvidia-smi", "/usr/local/nvidia/bin/nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")
+PCI_NVIDIA = "0x10de"
+PCI_DISPLAY = "0x03"
+# A config.json is a few KiB; what is larger is something else.
+CONFIG_LIMIT_BYTES = 1 << 20
+
+
+def read(path: str | Path) -> str:
+    """Return a file's text, '' where it can't be read: a survey tells what it can see."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def run(command: list[str], timeout_seconds: float) -> tuple[int, str]:
+    """Return a command's status and its output, errors included; status 127 where it is missing or too slow."""
+    try:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_seconds,
+            check=False,
+            env={"LC_ALL": "C", "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")},
+        )
+    except subprocess.TimeoutExpired:
+        return 127, f"{command[0]} gave no answer within {timeout_seconds:.0f} s"
+    except OSError as error:
+        return 127, str(error)
+    return done.returncode, done.stdout.decode("utf-8", "replace").strip()
+
+
+def in_parallel(jobs: dict[str, Callable[[], T]], timeout_seconds: float) -> dict[str, T]:
+    """Return the answers of the jobs that ended in time. Threads that hang (in DNS, say) are left to die with us."""
+    answers: queue.SimpleQueue[tuple[str, T]] = queue.SimpleQueue()
+    for name, job in jobs.items():
+        threading.Thread(target=lambda n=name, j=job: answers.put((n, j())), daemon=True).start()
+    found: dict[str, T] = {}
+    deadline = time.monotonic() + timeout_seconds
+    while len(found) < len(jobs):
+        try:
+            name, answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        found[name] = answer
+    return found
+
+
+def survey_wsl() -> facts.WslFacts:
+    """Tell whether this is WSL, and what is special there."""
+    is_wsl = "microsoft" in read("/proc/version").lower()
+    drivers: list[str] = []
+    if is_wsl:
+        # The Windows driver brings its own libcuda below /usr/lib/wsl; one from a Linux package shadows it.
+        drivers = [
+            str(path)
+            for path in Path("/usr/lib").glob("*-linux-gnu/libcuda.so.*")
+            if "wsl" not in os.path.realpath(path)
+        ]
+    return {
+        "is_wsl": is_wsl,
+        "has_gpu_device": Path("/dev/dxg").exists(),
+        "conf_systemd": facts.wsl_conf_systemd(read("/etc/wsl.conf")),
+        "linux_drivers": sorted(drivers),
+    }
+
+
+def count_pci_cards() -> int:
+    """Return how many NVIDIA display devices the bus shows, driver or not."""
+    folders = Path("/sys/bus/pci/devices").glob("*")
+    return sum(
+        read(folder / "vendor").strip() == PCI_NVIDIA and read(folder / "class").startswith(PCI_DISPLAY)
+        for folder in folders
+    )
+
+
+def survey_gpus(timeout_seconds: float) -> facts.GpuFacts:
+    """Ask nvidia-smi for the cards, what runs on them and how they are joined."""
+    program = shutil.which("nvidia-smi") or next((path for path in NVIDIA_SMI if os.access(path, os.X_OK)), "")
+    found: facts.GpuFacts = {
+        "program": program, "error": "", "pci_devices": count_pci_cards(), "cards": [], "processes": [], "links": [],
+    }  # fmt: skip
+    if not program:
+        return found
+
+    def ask(*options: str) -> tuple[int, str]:
+        return run([program, *options], timeout_seconds)
+
+    def ask_cards() -> tuple[int, str]:
+        for fields in facts.GPU_FIELDS:
+            status, text = ask(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+            if "not a valid field" not in text:
+                break
+        return status, text
+
+    answers = in_parallel(
+        {
+            "cards": ask_cards,
+            "processes": lambda: ask(f"--query-compute-apps={facts.PROCESS_FIELDS}", "--format=csv,noheader,nounits"),
+            "links": lambda: ask("topo", "-m"),
+        },
+        timeout_seconds + 1,
+    )
+    status, text = answers.get("cards", (127, f"nvidia-smi gave no answer within {timeout_seconds:.0f} s"))
+    if status != 0:
+        found["error"] = text or f"nvidia-smi ended with status {status}"
+        return found
+    found["cards"] = facts.parse_gpus(text)
+    found["processes"] = facts.parse_gpu_processes(answers.get("processes", (127, ""))[1])
+    for process in found["processes"]:
+        process["unit"] = facts.unit_of_cgroup(read(f"/proc/{process['pid']}/cgroup"))
+    found["links"] = facts.parse_topology(answers.get("links", (127, ""))[1])
+    return found
+
+
+def survey_path(path: str, mounts: str) -> facts.PathFacts:
+    """Tell about the file system of the nearest existing parent."""
+    nearest = Path(path)
+    while not nearest.exists():
+        nearest = nearest.parent
+    real = nearest.resolve()
+    room = os.statvfs(real)
+    return {
+        "exists": Path(path).exists(),
+        "nearest": str(nearest),
+        "device": real.stat().st_dev,
+        "file_system": facts.file_system_of(str(real), mounts),
+        "free_bytes": room.f_bavail * room.f_frsize,
+    }
+
+
+def owners_of(inodes: set[int]) -> dict[int, int]:
+    """Return the process that holds each socket."""
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    found: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        if len(found) == len(wanted):
+            break
+        try:
+            for entry in os.scandir(folder):
+                target = os.readlink(entry.path)  # noqa: PTH115 the text of the link is what counts, it is no path
+                if target in wanted:
+                    found[wanted[target]] = int(folder.parts[2])
+        except OSError:
+            continue  # the process ended meanwhile, or is not ours to see
+    return found
+
+
+def survey_listeners(ports: Iterable[int]) -> list[facts.Listener]:
+    """Tell who listens on the ports."""
+    wanted = set(ports)
+    sockets = [
+        socket
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        for socket in facts.parse_listeners(read(table))
+        if socket[1] in wanted
+    ]
+    owners = owners_of({inode for _address, _port, inode in sockets}) if sockets else {}
+    found: list[facts.Listener] = []
+    for address, port, inode in sorted(sockets):
+        pid = owners.get(inode, 0)
+        found.append(
+            {
+                "address": address,
+                "port": port,
+                "pid": pid,
+                "process": read(f"/proc/{pid}/comm").strip() if pid else "",
+                "unit": facts.unit_of_cgroup(read(f"/proc/{pid}/cgroup")) if pid else "",
+            }
+        )
+    return found
+
+
+def survey_model(path: str) -> facts.ModelFacts:
+    """Tell the size of a model's weights and what its config.json says."""
+    place = Path(path)
+    if place.is_file():
+        return facts.model_facts({}, place.stat().st_size)
+    if not place.is_dir():
+        return {**facts.model_facts({}, 0), "exists": False}
+    sizes = {
+        suffix: sum(file.stat().st_size for file in place.glob(f"*{suffix}"))
+        for suffix in (".safetensors", ".bin", ".gguf")
+    }
+    config: Any = {}
+    if (place / "config.json").is_file() and (place / "config.json").stat().st_size < CONFIG_LIMIT_BYTES:
+        try:
+            config = json.loads(read(place / "config.json"))
+        except ValueError:
+            config = {}
+    return facts.model_facts(config, next((size for size in sizes.values() if size), 0))
+
+
+def survey_environment(path: str, packages: Iterable[str]) -> facts.EnvironmentFacts:
+    """Tell the installed versions of packages by the names of their metadata folders."""
+    found: dict[str, str] = {}
+    for name in packages:
+        spelled = re.sub(r"[-_.]+", "_", name).lower()
+        for folder in Path(path).glob("lib/python3*/site-packages/*.dist-info"):
+            own, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
+            if re.sub(r"[-_.]+", "_", own).lower() == spelled:
+                found[name] = version
+    return {"exists": Path(path).is_dir(), "packages": found}
+
+
+def survey_units(patterns: list[str]) -> dict[str, facts.UnitFacts]:
+    """Tell the state and the memory of the loaded units that match."""
+    if not patterns:
+        return {}
+    _status, text = run(["systemctl", "show", "--property=Id,ActiveState,MemoryCurrent,LoadState", *patterns], 5)
+    found: dict[str, facts.UnitFacts] = {}
+    for block in facts.parse_properties(text):
+        if block.get("LoadState") == "loaded":
+            memory = block.get("MemoryCurrent", "")
+            # Without accounting systemd prints "[not set]" or 2^64-1.
+            amount = int(memory) if memory.isdigit() and len(memory) < 19 else 0
+            found[block["Id"]] = {"active": block.get("ActiveState", ""), "memory_bytes": amount}
+    return found
+
+
+def try_url(url: str, opener: urllib.request.OpenerDirector, timeout_seconds: float) -> facts.UrlFacts:
+    """Tell whether an address answers; a file is there or not."""
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        there = Path(unquote(parts.path)).exists()
+        return {"reached": there, "detail": "exists" if there else "no such file on the host"}
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "selfhost.lmdeploy"})  # noqa: S310 http(s) by our own checks
+    try:
+        with opener.open(request, timeout=timeout_seconds) as answer:
+            return {"reached": True, "detail": f"HTTP {answer.status}"}
+    except urllib.error.HTTPError as error:
+        # 404 and 401 come from a live server; a proxy's refusal or a gateway without its server does not.
+        return {"reached": error.code not in {407, 502, 503, 504}, "detail": f"HTTP {error.code} {error.reason}"}
+    except urllib.error.URLError as error:
+        return {"reached": False, "detail": str(error.reason)}
+    except (OSError, ValueError) as error:
+        return {"reached": False, "detail": str(error) or type(error).__name__}
+
+
+def survey_urls(
+    urls: Iterable[str], proxies: dict[str, str], ca_pem: str, timeout_seconds: float
+) -> dict[str, facts.UrlFacts]:
+    """Try all addresses at once, through the proxies given, else those of the host's own environment."""
+    os.environ.update({name: value for name, value in proxies.items() if value})
+    context = ssl.create_default_context()
+    if ca_pem:
+        context.load_verify_locations(cadata=ca_pem)
+    opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
+    wanted = sorted(set(urls))
+    found = in_parallel(
+        {url: lambda u=url: try_url(u, opener, timeout_seconds) for url in wanted},  # type: ignore[misc]
+        timeout_seconds + 0.5,
+    )
+    late: facts.UrlFacts = {"reached": False, "detail": f"no answer within {timeout_seconds:g} s"}
+    return {url: found.get(url, late) for url in wanted}
+
+
+def survey(parameters: dict[str, Any]) -> facts.Survey:
+    """Return everything that the parameters ask for."""
+    system = facts.parse_os_release(read("/etc/os-release"))
+    memory = facts.parse_meminfo(read("/proc/meminfo"))
+    mounts = read("/proc/mounts")
+    booted = Path("/run/systemd/system").is_dir()
+    manager: dict[str, str] = {}
+    if booted:
+        blocks = facts.parse_properties(run(["systemctl", "show", "--property=Version,SystemState"], 5)[1])
+        manager = blocks[0] if blocks else {}
+    version = re.match(r"\d+", manager.get("Version", ""))
+    shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None  # noqa: S108 its size is what is asked
+    seconds = parameters["timeout_seconds"]
+    return {
+        "time": time.time(),
+        "is_root": os.geteuid() == 0,
+        "os_id": system.get("ID", ""),
+        "os_version": system.get("VERSION_ID", ""),
+        "architecture": platform.machine(),
+        "libc_version": platform.libc_ver()[1],
+        "init": read("/proc/1/comm").strip(),
+        "systemd_version": int(version.group()) if version else 0,
+        "systemd_state": manager.get("SystemState", ""),
+        "unprivileged_port": int(read("/proc/sys/net/ipv4/ip_unprivileged_port_start") or 1024),
+        "memory_bytes": memory.get("MemTotal", 0),
+        "memory_free_bytes": memory.get("MemAvailable", 0),
+        "shm_bytes": shm.f_blocks * shm.f_frsize if shm else 0,
+        "wsl": survey_wsl(),
+        "gpu": survey_gpus(seconds),
+        "paths": {path: survey_path(path, mounts) for path in parameters["paths"]},
+        "listeners": survey_listeners(parameters["ports"]),
+        "models": {path: survey_model(path) for path in parameters["models"]},
+        "environments": {
+            entry["path"]: survey_environment(entry["path"], entry["packages"]) for entry in parameters["environments"]
+        },
+        "units": survey_units(parameters["units"]) if booted else {},
+        "urls": survey_urls(parameters["urls"], parameters["proxies"], parameters["ca_pem"], seconds),
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "paths": {"type": "list", "elements": "str", "default": []},
+            "ports": {"type": "list", "elements": "int", "default": []},
+            "models": {"type": "list", "elements": "str", "default": []},
+            "environments": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "path": {"type": "str", "required": True},
+                    "packages": {"type": "list", "elements": "str", "default": []},
+                },
+            },
+            "units": {"type": "list", "elements": "str", "default": []},
+            "urls": {"type": "list", "elements": "str", "default": []},
+            "proxies": {"type": "dict", "default": {}},
+            "ca_pem": {"type": "str", "default": ""},
+            "timeout_seconds": {"type": "float", "default": 4.0},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        found = survey(module.params)
+    except (ssl.SSLError, ValueError, OSError) as error:
+        module.fail_json(msg=f"The survey of the host stopped: {error}")
+    module.exit_json(changed=False, survey=found)
+
+
+if __name__ == "__main__":
+    main()
