@@ -77,6 +77,8 @@ WITHOUT_TOOLS: dict[str, Any] = {
     "DEFAULT_MODEL_PARAMS": {"function_calling": "legacy"},
 }
 
+INSTALLERS = ("PIP_", "UV_", "CONDA_")
+
 
 def connection_url(url: str) -> str:
     """Return the address as Open WebUI wants it: no slash at its end, and ``/v1`` where no path is given.
@@ -105,12 +107,6 @@ def ollama_url(url: str) -> str:
     return cleaned[: -len("/v1")] if urlsplit(url.strip()).path in ("", "/") else cleaned
 
 
-def probe_url(host: str, port: int) -> str:
-    """Return where a client on the same machine reaches a server that listens on ``host``."""
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104 - what a person may give
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-
-
 def merged(default: Any, given: Any) -> Any:
     """Return ``given`` over ``default``: dicts key by key, everything else replaced."""
     if isinstance(default, dict) and isinstance(given, dict):
@@ -133,7 +129,9 @@ def environment(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     }
     for name, value in config["settings"].items():
         values[name] = merged(values.get(name), value)
-    values.update(config["environment"])
+    # What tells pip, uv and conda where to fetch is nothing that the service needs.
+    passed = {name: value for name, value in config["environment"].items() if not name.startswith(INSTALLERS)}
+    values.update(passed)
     values.update(
         {
             "BYPASS_MODEL_ACCESS_CONTROL": config["models_public"],

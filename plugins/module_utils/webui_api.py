@@ -55,13 +55,20 @@ class WebuiClient:
             shown = text[:QUOTED_BYTES].decode(errors="replace")
             raise WebuiError(f"{self.url}{path} answered {status} with what is no JSON: {shown!r}") from None
 
-    def sign_in(self, email: str, password: str) -> None:
-        """Sign in; later requests carry the token."""
+    def sign_in(self, email: str, password: str) -> dict[str, Any]:
+        """Sign in and return the account (``id``, ``email``, ``name``, ``role``); later requests carry the token."""
         self._token = ""
         status, answer = self._request("/api/v1/auths/signin", {"email": email, "password": password})
         if status != 200 or not isinstance(answer, dict) or not answer.get("token"):
             raise WebuiError(f"Open WebUI refused to sign {email} in ({status}): {detail(answer)}")
         self._token = str(answer["token"])
+        return {key: answer.get(key) for key in ("id", "email", "name", "role")}
+
+    def change_account(self, account: str, fields: dict[str, str]) -> None:
+        """Set ``email``, ``name`` or ``password`` of the account with this id; an admin may."""
+        status, answer = self._request(f"/api/v1/users/{account}/update", fields)
+        if status != 200 or not isinstance(answer, dict):
+            raise WebuiError(f"Open WebUI did not change {', '.join(sorted(fields))} ({status}): {detail(answer)}")
 
     def models(self) -> list[str]:
         """Return the names of the models that this user sees."""

@@ -104,77 +104,20 @@ differing:
   sample: []
 """
 
-import os
 import secrets
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import environment_file
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.private_files import PrivateFiles
 
 COMMENT = "Written by Ansible, read by systemd: EnvironmentFile= in systemd.exec(5). Changes here are overwritten."
 # Stands for a value that check mode does not generate.
 NOT_YET = "(generated)"
 
 
-class Files:
-    """Private files on the host; remembers which ones changed."""
-
-    def __init__(self, *, dry: bool) -> None:
-        """Change nothing on disk when ``dry``."""
-        self.dry = dry
-        self.changed: list[str] = []
-
-    def read(self, path: Path) -> str | None:
-        """Return a file's content, or None where there is none."""
-        try:
-            return path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return None
-
-    def have_folder(self, path: Path) -> None:
-        """Have a folder that only its owner enters."""
-        if path.is_dir() and _is_private(path, 0o700):
-            return
-        self.changed.append(str(path))
-        if not self.dry:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.chown(path, os.geteuid(), os.getegid())
-            path.chmod(0o700)
-
-    def have(self, path: Path, content: str) -> None:
-        """Have a file with this content that only its owner reads; a new one takes its place in one step."""
-        if self.read(path) == content:
-            if not _is_private(path, 0o600):
-                self.changed.append(str(path))
-                if not self.dry:
-                    os.chown(path, os.geteuid(), os.getegid())
-                    path.chmod(0o600)
-            return
-        self.changed.append(str(path))
-        if self.dry:
-            return
-        # mkstemp makes the file 0600, so the secret is never readable, not even for a moment.
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-
-def _is_private(path: Path, mode: int) -> bool:
-    """Tell whether a path is ours and has exactly this mode."""
-    status = path.lstat()
-    return (status.st_uid, status.st_mode & 0o7777) == (os.geteuid(), mode)
-
-
-def secret_of(files: Files, entry: dict[str, Any]) -> tuple[str, bool]:
+def secret_of(files: PrivateFiles, entry: dict[str, Any]) -> tuple[str, bool]:
     """Return the value that a secret has from now on, and whether a given value is not the file's."""
     path = Path(entry["path"])
     stored = (files.read(path) or "").strip()
@@ -190,7 +133,7 @@ def secret_of(files: Files, entry: dict[str, Any]) -> tuple[str, bool]:
 def converge(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
     """Bring the files to the wanted state and return what changed; with ``dry`` only say so."""
     path = Path(params["path"])
-    files = Files(dry=dry)
+    files = PrivateFiles(dry=dry)
     files.have_folder(path.parent)
     values: dict[str, str] = {**params["variables"], **params["secrets"]}
     differing = []

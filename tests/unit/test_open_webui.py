@@ -244,17 +244,11 @@ def test_every_variable_that_the_role_sets_has_an_owner_or_a_default_that_may_be
     assert set(full) - free <= set(open_webui.OWNERS)
 
 
-@pytest.mark.parametrize(
-    ("host", "url"),
-    [
-        ("127.0.0.1", "http://127.0.0.1:8080"),
-        ("0.0.0.0", "http://127.0.0.1:8080"),
-        ("::", "http://[::1]:8080"),
-        ("10.0.0.7", "http://10.0.0.7:8080"),
-    ],
-)
-def test_the_probe_goes_where_the_server_listens(host: str, url: str) -> None:
-    assert open_webui.probe_url(host, 8080) == url
+def test_the_hosts_certificates_and_proxies_reach_the_service_and_its_installers_do_not() -> None:
+    given_values = {"SSL_CERT_FILE": "/etc/ssl/ca", "PIP_INDEX_URL": "https://user:word@mirror", "UV_INDEX": "x"}
+    result = variables(environment=given_values)
+    assert result["SSL_CERT_FILE"] == "/etc/ssl/ca"
+    assert not {"PIP_INDEX_URL", "UV_INDEX"} & set(result)
 
 
 def test_filters_are_found_by_their_names() -> None:
