@@ -1,0 +1,106 @@
+#!/usr/bin/python
+# Copyright: the selfhost.lmdeploy maintainers
+# Apache-2.0 (see LICENSE)
+"""Tell a web host how to reach the engines of this host, and with which key."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: engine_connections
+short_description: Tell how the engines of this host are reached
+version_added: 1.0.0
+author:
+  - The selfhost.lmdeploy maintainers (@selfhost)
+description:
+  - Reads what the role api_server left on the host; returns one connection for each engine, as Open WebUI takes them.
+  - The result holds the engines' key, so the task that uses it wants C(no_log).
+options:
+  address:
+    description:
+      - Address of this host as the web host reaches it. Empty where both are one host. An engine that listens on one
+        address of its own is reached there whatever stands here.
+    type: str
+    default: ''
+  config_dir:
+    description: Folder that the role api_server writes to.
+    type: path
+    default: /etc/api-server
+attributes:
+  check_mode:
+    support: full
+    description: Reads only. A host without an engine is no fault in check mode, since it would have one by then.
+"""
+
+EXAMPLES = r"""
+- name: Read where the engines of another host listen
+  selfhost.lmdeploy.engine_connections:
+    address: 192.0.2.10
+  delegate_to: gpu-1
+  register: engines
+  no_log: true
+"""
+
+RETURN = r"""
+connections:
+  description: One entry for each engine of the host.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    url:
+      description: Base address with C(/v1), without a slash at its end.
+      type: str
+      sample: http://192.0.2.10:23333/v1
+    api_key:
+      description: Key of the engine.
+      type: str
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import is_loopback, url
+
+KEY_FILE = "api-key"
+
+
+def connections(folder: Path, address: str) -> list[dict[str, Any]]:
+    """Return a connection for each instance file of the folder, in the order of their names; none without a key."""
+    try:
+        key = (folder / KEY_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return []
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        instance = json.loads(path.read_text(encoding="utf-8"))
+        # The file has the address by which the host itself finds the engine.
+        host = address if address and is_loopback(instance["host"]) else instance["host"]
+        found.append({"url": f"{url(host, instance['port'])}/v1", "api_key": key})
+    return found
+
+
+def main() -> None:
+    """Return the connections, or say that there is no engine."""
+    module = AnsibleModule(
+        argument_spec={
+            "address": {"type": "str", "default": ""},
+            "config_dir": {"type": "path", "default": "/etc/api-server"},
+        },
+        supports_check_mode=True,
+    )
+    folder = module.params["config_dir"]
+    try:
+        found = connections(Path(folder), module.params["address"])
+    except (OSError, ValueError, KeyError) as fault:
+        module.fail_json(msg=f"{folder} is not as the role api_server leaves it ({fault!r}): run site.yml on this host")
+    if not found and not module.check_mode:
+        module.fail_json(
+            msg=f"{folder} names no engine: run site.yml on this model server first, or give open_webui_connections"
+        )
+    module.exit_json(changed=False, connections=found)
+
+
+if __name__ == "__main__":
+    main()

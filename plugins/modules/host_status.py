@@ -1,0 +1,200 @@
+#!/usr/bin/python
+# Copyright: the selfhost.lmdeploy maintainers
+# Apache-2.0 (see LICENSE)
+"""Tell what this collection runs on a host: services, versions, releases, models, health."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: host_status
+short_description: Tell what this collection runs on a host
+version_added: 1.0.0
+author:
+  - The selfhost.lmdeploy maintainers (@selfhost)
+description:
+  - Reads what the roles api_server and open_webui left on the host, asks systemd for the state of each unit and each
+    service for its health. Needs no variable of these roles, changes nothing, and returns no secret.
+options:
+  timeout_seconds:
+    description: Seconds that a service has for its health answer.
+    type: float
+    default: 3.0
+attributes:
+  check_mode:
+    support: full
+    description: It only reads.
+"""
+
+EXAMPLES = r"""
+- name: Learn what runs here
+  selfhost.lmdeploy.host_status:
+  register: status
+"""
+
+RETURN = r"""
+services:
+  description: One entry for each unit of the collection; none on a host without any.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    unit:
+      description: Name of the systemd unit.
+      type: str
+      sample: api-server.service
+    program:
+      description: What runs; C(lmdeploy), C(llama_cpp) or C(open_webui).
+      type: str
+    version:
+      description: Version of the program, empty where its environment is gone.
+      type: str
+      sample: 0.18.0
+    release:
+      description: ID of the environment's release.
+      type: str
+      sample: 3f1c5a7be210
+    model:
+      description: Name of the model that an engine serves.
+      type: str
+    model_path:
+      description: Where the weights are.
+      type: str
+    url:
+      description: Where the host itself reaches the service.
+      type: str
+      sample: http://127.0.0.1:23333
+    state:
+      description: systemd's word for the unit.
+      type: str
+      sample: active
+    since:
+      description: When it became active, as systemd says it.
+      type: str
+    restarts:
+      description: How often systemd started it again by itself since then.
+      type: int
+    enabled:
+      description: Whether it starts at boot.
+      type: bool
+    healthy:
+      description: Whether its health page answers with 200.
+      type: bool
+    gate:
+      description: The last that an engine's launcher said about its answers.
+      type: str
+      sample: "Serving SmolLM2-135M-Instruct: ready after 1.2 s"
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import url
+
+UNITS = Path("/etc/systemd/system")
+ENGINES = Path("/etc/api-server")
+INTERFACE = "open-webui.service"
+# Program -> the Python package whose version is the program's.
+PACKAGES = {"lmdeploy": "lmdeploy", "llama_cpp": "xllamacpp", "open_webui": "open_webui"}
+PROPERTIES = ("ActiveState", "ActiveEnterTimestamp", "NRestarts", "UnitFileState", "StatusText", "ExecStart")
+
+
+def properties(text: str) -> dict[str, str]:
+    """Return the NAME=VALUE lines of `systemctl show`."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def command(exec_start: str) -> list[str]:
+    """Return the words of the command in systemd's ExecStart property."""
+    found = re.search(r"argv\[\]=(.*?) ;", exec_start)
+    return shlex.split(found[1]) if found else []
+
+
+def release_of(program: str) -> Path | None:
+    """Return the folder of the environment that a program path ``PREFIX/bin/NAME`` belongs to, links resolved."""
+    prefix = Path(program).parent.parent
+    return prefix.resolve() if prefix.is_dir() else None
+
+
+def version_of(package: str, prefix: Path | None) -> str:
+    """Return a package's version in an environment, '' where it is not there."""
+    found = sorted(prefix.glob(f"lib/python3*/site-packages/{package}-*.dist-info")) if prefix else []
+    return found[0].name.removesuffix(".dist-info").removeprefix(f"{package}-") if found else ""
+
+
+def value_after(words: list[str], flag: str, otherwise: str) -> str:
+    """Return the word behind a flag."""
+    return words[words.index(flag) + 1] if flag in words[:-1] else otherwise
+
+
+def what_runs(unit: str, words: list[str], engines: Path) -> dict[str, Any]:
+    """Return program, model, model_path and url of a unit, from its command or its instance file."""
+    if unit == INTERFACE:
+        port = int(value_after(words, "--port", "8080"))
+        return {"program": "open_webui", "url": url(value_after(words, "--host", "127.0.0.1"), port)}
+    instance = json.loads((engines / f"{unit.removesuffix('.service')}.json").read_text(encoding="utf-8"))
+    return {
+        "program": instance["engine"],
+        "model": instance["model_name"],
+        "model_path": instance["model_path"],
+        "url": url(instance["host"], instance["port"]),
+    }
+
+
+def is_healthy(base: str, timeout_seconds: float) -> bool:
+    """Return whether the health page answers with 200."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{base}/health", timeout=timeout_seconds) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+def service(unit: str, shown: dict[str, str], engines: Path, timeout_seconds: float) -> dict[str, Any]:
+    """Return everything about one unit; what can't be read is empty."""
+    words = command(shown.get("ExecStart", ""))
+    prefix = release_of(words[0]) if words else None
+    known: dict[str, Any] = {"unit": unit, "program": "", "model": "", "model_path": "", "url": ""}
+    try:
+        known.update(what_runs(unit, words, engines))
+    except (OSError, ValueError, KeyError) as fault:
+        known["gate"] = f"{engines} is damaged: {fault!r}"
+    return {
+        "gate": shown.get("StatusText", ""),
+        **known,
+        "version": version_of(PACKAGES.get(known["program"], "-"), prefix),
+        "release": prefix.name if prefix and prefix.parent.parent.name == "releases" else "",
+        "state": shown.get("ActiveState", "unknown"),
+        "since": shown.get("ActiveEnterTimestamp", ""),
+        "restarts": int(shown.get("NRestarts") or 0),
+        "enabled": shown.get("UnitFileState") == "enabled",
+        "healthy": bool(known["url"]) and is_healthy(known["url"], timeout_seconds),
+    }
+
+
+def main() -> None:
+    """Look at each unit of the collection."""
+    module = AnsibleModule(
+        argument_spec={"timeout_seconds": {"type": "float", "default": 3.0}}, supports_check_mode=True
+    )
+    services = []
+    for path in sorted([*UNITS.glob("api-server*.service"), *UNITS.glob(INTERFACE)]):
+        done = subprocess.run(
+            ["systemctl", "show", f"--property={','.join(PROPERTIES)}", path.name],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        services.append(service(path.name, properties(done.stdout), ENGINES, module.params["timeout_seconds"]))
+    module.exit_json(changed=False, services=services)
+
+
+if __name__ == "__main__":
+    main()
