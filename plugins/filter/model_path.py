@@ -41,6 +41,7 @@ _value:
 from typing import TYPE_CHECKING
 
 from ansible.errors import AnsibleFilterError
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,14 +49,10 @@ if TYPE_CHECKING:
 
 def model_path(model: str, directory: str = "/var/lib/models") -> str:
     """Return the absolute path of ``model``; the argument is a hub id, an absolute path or a plain file name."""
-    if model.startswith("/"):
-        return model
-    parts = model.split("/")
-    if len(parts) > 2 or not all(parts) or any(part.startswith(".") for part in parts):
-        raise AnsibleFilterError(
-            f"'{model}' is no model: give its name on the hub as ORG/NAME, an absolute path, or a file's name."
-        )
-    return f"{directory.rstrip('/')}/{'--'.join(parts)}"
+    try:
+        return engine.model_path(model, directory)
+    except engine.EngineFault as fault:
+        raise AnsibleFilterError(str(fault)) from fault
 
 
 class FilterModule:

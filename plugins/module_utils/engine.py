@@ -1,0 +1,289 @@
+# Copyright: the selfhost.lmdeploy maintainers
+# Apache-2.0 (see LICENSE)
+"""What the engine of a host is to be: pure functions from the role's variables to instances and their arguments.
+
+The one place that knows how a variable becomes an argument of LMDeploy or a parameter of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+UNIT = "api-server"
+ENGINES = ("lmdeploy", "llama_cpp")
+# Where a unit with ProtectHome=yes and PrivateTmp=yes finds nothing.
+HIDDEN_PLACES = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108  # refused, not used
+# llama.cpp answers that many requests at once; they share the context.
+LLAMA_SLOTS = 4
+# Flags of LMDeploy that a variable of the role sets: (flag, key of the instance). Empty values set no flag.
+LMDEPLOY_FLAGS = (
+    ("--model-name", "model_name"),
+    ("--backend", "backend"),
+    ("--server-name", "host"),
+    ("--server-port", "port"),
+    ("--tp", "tp"),
+    ("--session-len", "session_len"),
+    ("--cache-max-entry-count", "cache_max_entry_count"),
+    ("--max-batch-size", "max_batch_size"),
+    ("--chat-template", "chat_template"),
+    ("--tool-call-parser", "tool_call_parser"),
+)
+# The same for llama.cpp, by the names of its parameters.
+LLAMA_PARAMETERS = (
+    ("port", "port"),
+    ("n_ctx", "session_len"),
+    ("n_parallel", "max_batch_size"),
+    ("chat_template", "chat_template"),
+)
+# What llama.cpp has no counterpart for.
+LMDEPLOY_ONLY = ("cache_max_entry_count", "tool_call_parser")
+# Addresses that mean every network of the host.
+ANYWHERE = ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
+# Keys that each engine gets in no other way than by its role.
+SECRET_ARGUMENTS = ("--api-keys", "api_keys")
+
+
+class EngineFault(ValueError):
+    """All faults of the variables, one a line."""
+
+
+def model_path(model: str, directory: str) -> str:
+    """Return where a model lies: ``ORG/NAME`` is ``directory/ORG--NAME``, a plain name is a file in the folder.
+
+    An absolute path is itself.
+    """
+    if model.startswith("/"):
+        return str(PurePosixPath(model))
+    parts = model.split("/")
+    if len(parts) > 2 or not all(parts) or any(part.startswith(".") for part in parts):
+        message = f"'{model}' is no model: give its name on the hub as ORG/NAME, an absolute path, or a file's name."
+        raise EngineFault(message)
+    return str(PurePosixPath(directory) / "--".join(parts))
+
+
+def model_name(model: str) -> str:
+    """Return the name that clients ask for when none is given: the last part of the id or path, without .gguf."""
+    return PurePosixPath(model).name.removesuffix(".gguf")
+
+
+def tensor_parallel(wanted: str | int, gpus: int, *, wsl: bool) -> int:
+    """Return over how many GPUs a model is cut: `auto` is the largest power of two that the GPUs allow, 1 on WSL.
+
+    On WSL NCCL finds no peer access between GPUs, so more than one must be asked for by number.
+    """
+    if wanted != "auto":
+        return int(wanted)
+    return 1 if wsl or gpus < 1 else 1 << (gpus.bit_length() - 1)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this host can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def client_address(host: str) -> str:
+    """Return the address by which this host reaches a server that listens on ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)  # noqa: S104  # asked, not bound
+
+
+def url(host: str, port: int) -> str:
+    """Return the base URL by which this host reaches a server that listens on ``host``."""
+    address = client_address(host)
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def is_set(value: Any) -> bool:
+    """Tell whether a variable was given: an empty text, an empty list and null mean the engine's own default."""
+    return value is not None and value not in ("", [], {})
+
+
+def lmdeploy_arguments(instance: dict[str, Any]) -> list[str]:
+    """Return what follows `lmdeploy serve api_server` for one instance."""
+    arguments = [instance["model_path"]]
+    for flag, key in LMDEPLOY_FLAGS:
+        if is_set(instance.get(key)):
+            arguments += [flag, str(instance[key])]
+    if instance.get("trust_remote_code"):
+        arguments.append("--trust-remote-code")
+    return arguments + [str(argument) for argument in instance.get("extra_args") or []]
+
+
+def llama_arguments(instance: dict[str, Any]) -> list[str]:
+    """Return llama.cpp's parameters for one instance as `attribute=value` items."""
+    arguments = [f"model.path={instance['model_path']}", f'hostnames=["{client_or_any(instance["host"])}"]']
+    fixed = {
+        "n_parallel": LLAMA_SLOTS,
+        # One context for all requests: each may use it whole while others are short.
+        "kv_unified": "true",
+        "endpoint_metrics": "true",
+        # /slots shows other people's questions; the web page is Open WebUI's task.
+        "endpoint_slots": "false",
+        "ui": "false",
+        # Warnings only: the default writes several lines for each request.
+        "verbosity": 2,
+        # Prompts kept in memory for reuse, in MiB; the default of 8192 is a surprise on a small host.
+        "cache_ram_mib": 512,
+        "offline": "true",
+    }
+    given = {name: instance[key] for name, key in LLAMA_PARAMETERS if is_set(instance.get(key))}
+    arguments += [f"{name}={value}" for name, value in {**fixed, **given}.items()]
+    return arguments + [str(argument) for argument in instance.get("extra_args") or []]
+
+
+def client_or_any(host: str) -> str:
+    """Return the address to listen on, spelled as a number."""
+    return "127.0.0.1" if host == "localhost" else host
+
+
+def engine_arguments(instance: dict[str, Any]) -> list[str]:
+    """Return the arguments of one instance, by its engine."""
+    return lmdeploy_arguments(instance) if instance["engine"] == "lmdeploy" else llama_arguments(instance)
+
+
+def argument_variables(instance: dict[str, Any]) -> dict[str, str]:
+    """Return which variable each argument comes from; "" stands for the model, "*" for everything else."""
+    prefix = instance["variable_prefix"]
+    table = LMDEPLOY_FLAGS if instance["engine"] == "lmdeploy" else LLAMA_PARAMETERS
+    known = {argument: prefix + key for argument, key in table}
+    return {
+        **known,
+        "--trust-remote-code": f"{prefix}trust_remote_code",
+        "--server-port": f"{prefix}port",
+        "": f"{prefix}model",
+        "*": f"{prefix}extra_args",
+    }
+
+
+def instance_faults(instance: dict[str, Any], networks: list[str]) -> list[str]:
+    """Return what is wrong with one instance: each a sentence with variable, value and way out."""
+    prefix = instance["variable_prefix"]
+    faults = []
+    hidden = next((place for place in HIDDEN_PLACES if instance["model_path"].startswith(place)), None)
+    if hidden:
+        faults.append(
+            f"{prefix}model is {instance['model']}, but the unit sees nothing under {hidden}: "
+            "put the model under model_weights_dir"
+        )
+    if not 1 <= int(instance["port"]) <= 65535:
+        faults.append(f"{prefix}port is {instance['port']}: a port is a number from 1 to 65535")
+    if not is_loopback(instance["host"]) and not networks:
+        faults.append(
+            f"{prefix}host is {instance['host']}, but api_server_allowed_networks is empty, so nobody could reach it: "
+            "name the networks of its clients, for example ['10.0.0.0/24']"
+        )
+    managed = dict(LMDEPLOY_FLAGS + LLAMA_PARAMETERS)
+    for argument in instance.get("extra_args") or []:
+        name = str(argument).split("=", 1)[0]
+        if name in SECRET_ARGUMENTS:
+            faults.append(f"{prefix}extra_args holds {name}: keys are set by api_server_api_key, out of sight of `ps`")
+        elif name in managed:
+            faults.append(f"{prefix}extra_args holds {name}: set {prefix}{managed[name]} instead")
+    if instance["engine"] == "llama_cpp":
+        faults += [
+            f"{prefix}{key} is {instance[key]}, which the engine llama_cpp does not have: leave it empty"
+            for key in LMDEPLOY_ONLY
+            if is_set(instance.get(key))
+        ]
+    return faults
+
+
+def name_faults(names: list[str]) -> list[str]:
+    """Return what is wrong with the names of instances."""
+    faults = [
+        f"api_server_instances has the name {name!r}: a name has small letters, digits and dashes, for example 'vision'"
+        for name in names
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name)
+    ]
+    double = sorted({name for name in names if names.count(name) > 1})
+    return faults + [f"api_server_instances has the name {name!r} more than once" for name in double]
+
+
+def port_faults(instances: list[dict[str, Any]]) -> list[str]:
+    """Return which instances want the same port of the same address."""
+    faults = []
+    for number, first in enumerate(instances):
+        for second in instances[number + 1 :]:
+            same = first["host"] == second["host"] or first["host"] in ANYWHERE or second["host"] in ANYWHERE
+            if same and int(first["port"]) == int(second["port"]):
+                faults.append(
+                    f"{first['variable_prefix']}port and {second['variable_prefix']}port are both {first['port']}: "
+                    "give each instance its own port"
+                )
+    return faults
+
+
+def engine_instances(
+    plain: dict[str, Any], instances: list[dict[str, Any]], host: dict[str, Any], settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the instances of a host, complete, or raise EngineFault with everything that is wrong.
+
+    plain: the role's plain variables without their prefix: the single instance, and the defaults of named ones.
+    instances: ``api_server_instances``. host: what the module engine_info returned (``gpus``, ``wsl``, ``models``).
+    settings: ``engine``, ``models_dir``, ``drain_seconds``, ``allowed_networks``.
+    """
+    faults = name_faults([str(item.get("name", "")) for item in instances])
+    result = []
+    for given in instances or [{}]:
+        name = str(given.get("name", ""))
+        prefix = f"api_server_instances[{name}]." if name else "api_server_"
+        instance = {**plain, **given, "engine": settings["engine"], "variable_prefix": prefix}
+        instance["instance"] = f"{UNIT}-{name}" if name else UNIT
+        try:
+            path = model_path(instance["model"], settings["models_dir"])
+            # Where the link leads now: a new revision of the model is a change, never a surprise at the next restart.
+            instance["model_path"] = host.get("models", {}).get(path, path)
+            gpus = len(instance.get("gpus") or []) or int(host.get("gpus", 0))
+            instance["tp"] = tensor_parallel(instance["tp"], gpus, wsl=bool(host.get("wsl")))
+        except ValueError as error:
+            faults.append(f"{prefix}model or {prefix}tp: {error}")
+            continue
+        instance["model_name"] = instance.get("model_name") or model_name(instance["model"])
+        instance["port"] = int(instance["port"])
+        instance["url"] = url(instance["host"], instance["port"])
+        faults += instance_faults(instance, settings["allowed_networks"])
+        result.append(instance)
+    faults += port_faults(result)
+    if faults:
+        raise EngineFault("\n".join(faults))
+    return [complete(instance, settings) for instance in result]
+
+
+def complete(instance: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Add what the launcher reads: arguments, their variables, and the environment."""
+    gpus = instance.get("gpus") or []
+    environment = {
+        # One line for each request is for debugging; it would also hold what clients ask for in paths.
+        "UVICORN_LOG_LEVEL": "warning",
+        **({"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus)} if gpus else {}),
+        **{str(key): str(value) for key, value in (instance.get("environment") or {}).items()},
+    }
+    launcher = {
+        "name": instance["instance"],
+        "engine": instance["engine"],
+        "backend": instance["backend"],
+        "model_path": instance["model_path"],
+        "model_name": instance["model_name"],
+        "host": client_address(instance["host"]),
+        "port": instance["port"],
+        "arguments": engine_arguments(instance),
+        "variables": argument_variables(instance),
+        "environment": environment,
+        "drain_seconds": int(settings["drain_seconds"]),
+    }
+    return {**instance, "launcher": launcher, "allowed_networks": peers(instance["host"], settings["allowed_networks"])}
+
+
+def peers(host: str, networks: list[str]) -> list[str]:
+    """Return whom a unit may talk to beside this host itself: nobody when it listens on loopback."""
+    if is_loopback(host):
+        return []
+    # The launcher asks the engine at its own address.
+    return [*networks, *([] if host in ANYWHERE else [host])]
