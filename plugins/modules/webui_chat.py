@@ -13,20 +13,21 @@ author:
   - The selfhost.lmdeploy maintainers (@selfhost)
 description:
   - Signs in, lists the models, asks one and returns its answer, which is the whole way of a browser's question.
-  - The password is read from a file on the host, so it never travels. The question leaves no chat behind.
+  - Address and password are read from the files that the role open_webui left on the host, so neither travels. The
+    question leaves no chat behind.
 options:
   url:
     description: Address of Open WebUI as the host itself reaches it.
     type: str
     default: http://127.0.0.1:8080
-  email:
-    description: Address that signs in.
-    type: str
-    required: true
+  account_file:
+    description: File on the host with the account that signs in, as JSON with C(email).
+    type: path
+    default: /etc/open-webui/admin.json
   password_file:
     description: File on the host that holds the password on its first line.
     type: path
-    required: true
+    default: /etc/open-webui/admin-password
   model:
     description: Name of the model to ask; empty takes the first one listed.
     type: str
@@ -56,8 +57,7 @@ attributes:
 EXAMPLES = r"""
 - name: Ask the model as a person would
   selfhost.lmdeploy.webui_chat:
-    email: admin@localhost
-    password_file: /etc/open-webui/admin-password
+    question: Which city is the capital of France?
     expected: Paris
   register: smoke
 """
@@ -91,6 +91,7 @@ seconds:
   sample: 0.8
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,23 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.webui_api import WebuiClient, WebuiError
 
 
-def first_line(path: str) -> str:
-    """Return the password of a file; raise WebuiError where there is none."""
+def text_of(path: str) -> str:
+    """Return a file's text; raise WebuiError where it is missing or empty."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8").strip()
     except OSError as failure:
-        raise WebuiError(f"the password file {path} can't be read: {failure.strerror}") from None
-    if not lines or not lines[0]:
-        raise WebuiError(f"the password file {path} is empty")
-    return lines[0]
+        raise WebuiError(f"{path} can't be read ({failure.strerror}): run site.yml on this host") from None
+    if not text:
+        raise WebuiError(f"{path} is empty: run site.yml on this host")
+    return text
+
+
+def account(account_file: str, password_file: str) -> tuple[str, str]:
+    """Return address and password; raise WebuiError where one is missing."""
+    try:
+        return str(json.loads(text_of(account_file))["email"]), text_of(password_file).splitlines()[0]
+    except (ValueError, KeyError, TypeError):
+        raise WebuiError(f"{account_file} is no account of the role open_webui: run site.yml on this host") from None
 
 
 def chosen(models: list[str], wanted: str) -> str:
@@ -128,7 +137,7 @@ def chat(given: dict[str, Any]) -> dict[str, Any]:
     if urlsplit(given["url"]).scheme not in ("http", "https"):
         raise WebuiError(f"url is {given['url']!r}; it starts with http:// or https://")
     client = WebuiClient(given["url"], given["timeout_seconds"])
-    client.sign_in(given["email"], first_line(given["password_file"]))
+    client.sign_in(*account(given["account_file"], given["password_file"]))
     models = client.models()
     model = chosen(models, given["model"])
     began = time.monotonic()
@@ -147,9 +156,9 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "url": {"type": "str", "default": "http://127.0.0.1:8080"},
-            "email": {"type": "str", "required": True},
+            "account_file": {"type": "path", "default": "/etc/open-webui/admin.json"},
             # A path is no secret; what it holds never leaves the host.
-            "password_file": {"type": "path", "required": True, "no_log": False},
+            "password_file": {"type": "path", "default": "/etc/open-webui/admin-password", "no_log": False},
             "model": {"type": "str", "default": ""},
             "question": {"type": "str", "default": "What is the capital of France?"},
             "expected": {"type": "str", "default": ""},

@@ -76,9 +76,10 @@ def interface() -> Iterator[Interface]:
 def params(interface: Interface, tmp_path: Path) -> dict[str, Any]:
     """Return the module's parameters for the stand-in."""
     (tmp_path / "password").write_text(PASSWORD + "\n", encoding="utf-8")
+    (tmp_path / "admin.json").write_text(json.dumps({"email": EMAIL, "name": "Admin"}), encoding="utf-8")
     return {
         "url": f"http://127.0.0.1:{interface.server_port}/",
-        "email": EMAIL,
+        "account_file": str(tmp_path / "admin.json"),
         "password_file": str(tmp_path / "password"),
         "model": "",
         "question": "What is the capital of France?",
@@ -114,7 +115,9 @@ def test_the_password_is_never_repeated(params: dict[str, Any]) -> None:
     [
         ({"model": "none"}, "does not list the model none; it lists small, large"),
         ({"expected": "Rome"}, "answered 'Paris, of course.', in which 'Rome' was expected"),
-        ({"password_file": "/nonexistent"}, "/nonexistent can't be read: No such file"),
+        ({"password_file": "/nonexistent"}, r"/nonexistent can't be read \(No such file"),
+        ({"account_file": "/dev/null"}, "/dev/null is empty"),
+        ({"account_file": __file__}, "is no account of the role open_webui"),
         ({"url": "127.0.0.1:8080"}, "starts with http"),
         ({"url": "http://127.0.0.1:1"}, "does not answer at http://127.0.0.1:1/api/v1/auths/signin: .*refused"),
     ],
