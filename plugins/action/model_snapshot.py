@@ -20,6 +20,8 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_store impo
 
 MODULE = "selfhost.lmdeploy.model_snapshot"
 LOST_POLLS = 20
+# The host ends a job within five seconds of its limit, without a word.
+GRACE_SECONDS = 10
 
 
 def line(progress: dict[str, Any]) -> str:
@@ -31,7 +33,7 @@ def line(progress: dict[str, Any]) -> str:
     if done >= total:
         return f"{text}, checking"
     if rate <= 0:
-        return f"{text}, waiting for the first bytes" if not done else f"{text}, stalled"
+        return f"{text}, waiting for data"
     left = (total - done) / rate
     return f"{text}, {human(rate)}/s, " + (f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left")
 
@@ -62,7 +64,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core carries no
             job = self._execute_module(MODULE, args, task_vars=task_vars, wrap_async=True)
             if job.get("failed") or "ansible_job_id" not in job:
                 return dict(job)
-            return self._wait(args, str(job["ansible_job_id"]), time.monotonic() + limit + 60, seconds, task_vars)
+            return self._wait(
+                args, str(job["ansible_job_id"]), time.monotonic() + limit + GRACE_SECONDS, seconds, task_vars
+            )
         finally:
             self._task.async_val = 0
 

@@ -28,16 +28,17 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_store impo
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 LONGEST_WAIT_SECONDS = 300.0
 # Folders that clients of the hubs keep their own notes in.
-NOTES = (".cache", ".git", ".msc", ".mv", ".hf")
+NOTES = (".cache", ".git", ".msc", ".mv")
 
 
 class TryAgain(Exception):
     """A fault that may pass: a cut, a busy or a broken hub."""
 
     def __init__(self, message: str, wait_seconds: float | None = None) -> None:
-        """Keep how long the hub asks to wait, where it says so."""
+        """Keep how long the hub asks to wait, where it says so; ``progressed`` is set where bytes arrived."""
         super().__init__(message)
         self.wait_seconds = wait_seconds
+        self.progressed = False
 
 
 @dataclass(frozen=True)
@@ -110,29 +111,49 @@ def missing_shards(folder: Path) -> list[str]:
     return sorted(missing)
 
 
+def part_of(remote: Remote, work: Path) -> Path:
+    """Return the file that holds what has arrived of ``remote``, made empty where there is none."""
+    part = work / ".cache" / f"{digest({'path': remote.path, 'sha256': remote.sha256, 'size': remote.size})}.part"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    if part.stat().st_size > remote.size:
+        part.write_bytes(b"")
+    return part
+
+
+def finish(part: Path, remote: Remote, work: Path) -> None:
+    """Move a fetched file to its place in ``work``."""
+    target = work / remote.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part.replace(target)
+
+
 class HuggingFace:
-    """The Hugging Face hub, or what HF_ENDPOINT names, through its own client."""
+    """The Hugging Face hub, or what HF_ENDPOINT names, through its own client.
+
+    The client resolves, signs in, follows redirects and knows the hub's errors. The bytes are written here, because it
+    throws a cut file away: a cut of a large file would begin it anew.
+    """
 
     def __init__(self, model: str, revision: str, token: str, scratch: Path) -> None:
         """Load the client; its notes and caches stay on the models' disk."""
         for name, value in {
             "HF_HOME": str(scratch),
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }.items():
             os.environ[name] = value
-        os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import errors, utils
 
         self.client, self.errors = huggingface_hub, errors
+        self.utils: Any = utils
         self.model, self.revision, self.token = model, revision, token or None
         self.endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
     def resolve(self) -> tuple[str, list[Remote]]:
         """Ask the hub for the commit and its files with their checksums."""
         try:
-            info = self.client.HfApi(token=self.token).model_info(
+            info = self.client.HfApi(endpoint=self.endpoint, token=self.token).model_info(
                 self.model, revision=self.revision or None, files_metadata=True
             )
         except Exception as error:
@@ -149,13 +170,34 @@ class HuggingFace:
         return str(info.sha), files
 
     def fetch(self, commit: str, remote: Remote, work: Path) -> None:
-        """Let the client fetch one file; it keeps a cut file below ``work/.cache`` and goes on with it."""
+        """Fetch one file into ``work``, or the rest of it."""
+        part = part_of(remote, work)
+        before = part.stat().st_size
         try:
-            self.client.hf_hub_download(
-                self.model, remote.path, revision=commit, local_dir=str(work), token=self.token, etag_timeout=30
-            )
+            if before < remote.size:
+                url = self.client.hf_hub_url(self.model, remote.path, revision=commit, endpoint=self.endpoint)
+                self.download(url, part, before)
         except Exception as error:
-            raise self.explained(error) from error
+            fault = self.explained(error)
+            if isinstance(fault, TryAgain):
+                fault.progressed = part.stat().st_size > before
+            raise fault from error
+        finish(part, remote, work)
+
+    def download(self, url: str, part: Path, begin: int) -> None:
+        """Append what is missing of ``url`` to ``part``."""
+        headers = {**self.utils.build_hf_headers(token=self.token), "Accept-Encoding": "identity"}
+        if begin:
+            headers["Range"] = f"bytes={begin}-"
+        with self.utils.get_session().stream(
+            "GET", url, headers=headers, follow_redirects=True, timeout=60
+        ) as response:
+            if response.status_code >= 400:
+                response.read()
+            self.utils.hf_raise_for_status(response)
+            with part.open("ab" if response.status_code == 206 else "wb") as sink:
+                for piece in response.iter_bytes(CHUNK_BYTES):
+                    sink.write(piece)
 
     def explained(self, error: Exception) -> Exception:
         """Turn what the client says into a fault with its way out, or into one that may pass."""
@@ -274,15 +316,11 @@ class Folder:
         return source.get("commit") or f"folder-{digest(times)}", files
 
     def fetch(self, commit: str, remote: Remote, work: Path) -> None:
-        """Copy one file; one that is whole already is not copied again."""
+        """Copy one file into ``work``."""
         assert self.place is not None  # noqa: S101 -- the constructor made sure
-        target, part = work / remote.path, work / ".cache" / f"{digest({'path': remote.path})}.part"
-        if target.is_file() and target.stat().st_size == remote.size:
-            return
-        part.parent.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        part = part_of(remote, work)
         shutil.copyfile(self.place / remote.path, part)
-        part.replace(target)
+        finish(part, remote, work)
 
 
 def retry_after(value: str | None) -> float | None:

@@ -66,7 +66,7 @@ options:
     type: path
     default: ""
   attempts:
-    description: Tries for each file; the pauses between them double from 2 s, or are as long as the hub asks.
+    description: Tries for each file that bring nothing; the pauses double from 2 s, or are as long as the hub asks.
     type: int
     default: 5
   workers:
@@ -352,12 +352,15 @@ class Fetcher:
 
     def patient(self, action: Callable[[], Any]) -> Any:
         """Call ``action`` until it works, with longer pauses each time; the last fault is the result."""
-        pause = FIRST_PAUSE_SECONDS
-        for attempt in range(1, self.attempts + 1):
+        pause, attempt = FIRST_PAUSE_SECONDS, 1
+        while True:
             try:
                 return action()
             except TryAgain as error:
-                if attempt == self.attempts:
+                if error.progressed:
+                    # A line that is cut again and again still brings the file, piece by piece.
+                    pause, attempt = FIRST_PAUSE_SECONDS, 1
+                if attempt >= self.attempts:
                     raise StoreError(
                         f"{self.model.id} could not be fetched in {attempt} tries: {error}. What has arrived is kept: "
                         "run again to go on, or fetch from a mirror (mirrors_hf_endpoint) or a folder "
@@ -367,8 +370,7 @@ class Fetcher:
                 self.progress.note = f"try {attempt} of {self.attempts} failed ({error}), next in {wait:.0f} s"
                 time.sleep(wait)
                 self.progress.note = ""
-                pause *= 2
-        raise AssertionError("unreachable")
+                pause, attempt = pause * 2, attempt + 1
 
     def parallel(self, source: Source, commit: str, files: list[Remote], work: Path) -> list[dict[str, Any]]:
         """Fetch and check all files, a few at a time, the largest first; the first fault ends it."""
@@ -378,11 +380,14 @@ class Fetcher:
         results: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
 
         def one(file: Remote) -> dict[str, Any]:
-            source.fetch(commit, file, work)
+            if not (work / file.path).is_file():
+                source.fetch(commit, file, work)
             return checked(work / file.path, file)
 
+        ended = threading.Event()
+
         def worker() -> None:
-            while True:
+            while not ended.is_set():
                 try:
                     file = todo.get_nowait()
                 except queue.Empty:
@@ -395,11 +400,12 @@ class Fetcher:
 
         for _ in range(max(1, min(int(self.model.params["workers"]), len(files)))):
             # Daemons: after a fault nobody waits for the gigabytes still on their way; a next run goes on with them.
-            threading.Thread(target=worker, daemon=True).start()
+            threading.Thread(target=worker, name="fetch", daemon=True).start()
         entries: list[dict[str, Any]] = []
         while len(entries) < len(files):
             result = results.get()
             if isinstance(result, BaseException):
+                ended.set()
                 raise result
             entries.append(result)
         return entries
