@@ -84,13 +84,13 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-changed_variables:
+altered_variables:
   description: Names of variables that were added, removed or got another value.
   returned: success
   type: list
   elements: str
   sample: [OPENAI_API_BASE_URLS]
-changed_files:
+altered_files:
   description: Files whose content or mode changed.
   returned: success
   type: list
@@ -146,8 +146,8 @@ def converge(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
     names = sorted(name for name in {*before, *values} if before.get(name) != values.get(name))
     return {
         "changed": bool(files.changed),
-        "changed_variables": names,
-        "changed_files": files.changed,
+        "altered_variables": names,
+        "altered_files": files.changed,
         "differing": differing,
         "diff": {
             "before_header": str(path),

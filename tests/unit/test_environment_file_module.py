@@ -53,20 +53,20 @@ def test_the_first_run_writes_everything_closed_and_the_second_nothing(etc: Path
     assert read(etc) == {"DATA_DIR": "/d", "API_KEYS": "sk-1", "KEY": key}
     assert len(key.encode()) >= 32
     assert first["changed"]
-    assert first["changed_variables"] == ["API_KEYS", "DATA_DIR", "KEY"]
+    assert first["altered_variables"] == ["API_KEYS", "DATA_DIR", "KEY"]
     assert [mode(etc), mode(etc / "key"), mode(etc / "app.env")] == [0o700, 0o600, 0o600]
     second = converge(etc, entry, DATA_DIR="/d")
-    assert (second["changed"], second["changed_variables"], second["changed_files"]) == (False, [], [])
+    assert (second["changed"], second["altered_variables"], second["altered_files"]) == (False, [], [])
 
 
 def test_a_changed_value_is_named_once(etc: Path) -> None:
     entry = secret(etc / "key")
     converge(etc, entry, A="1", B="2")
     changed = converge(etc, entry, A="1", B="3", C="4")
-    assert changed["changed_variables"] == ["B", "C"]
-    assert changed["changed_files"] == [str(etc / "app.env")]
+    assert changed["altered_variables"] == ["B", "C"]
+    assert changed["altered_files"] == [str(etc / "app.env")]
     assert not converge(etc, entry, A="1", B="3", C="4")["changed"]
-    assert converge(etc, entry, A="1")["changed_variables"] == ["B", "C"]
+    assert converge(etc, entry, A="1")["altered_variables"] == ["B", "C"]
     assert "B" not in read(etc)
 
 
@@ -83,14 +83,14 @@ def test_check_mode_says_the_same_and_writes_nothing(etc: Path) -> None:
     assert planned == done
     assert not converge(etc, entry, dry=True, A="1")["changed"]
     before = (etc / "app.env").read_text(encoding="utf-8")
-    assert converge(etc, entry, dry=True, A="2")["changed_variables"] == ["A"]
+    assert converge(etc, entry, dry=True, A="2")["altered_variables"] == ["A"]
     assert (etc / "app.env").read_text(encoding="utf-8") == before
 
 
 def test_a_given_secret_replaces_the_stored_one(etc: Path) -> None:
     converge(etc, secret(etc / "key"))
     changed = converge(etc, secret(etc / "key", value="mine"))
-    assert changed["changed_variables"] == ["KEY"]
+    assert changed["altered_variables"] == ["KEY"]
     assert (etc / "key").read_text(encoding="utf-8") == "mine\n"
     assert not converge(etc, secret(etc / "key"))["changed"]
 
@@ -111,8 +111,8 @@ def test_an_opened_file_is_closed_again(etc: Path) -> None:
     for path in (etc, etc / "key", etc / "app.env"):
         path.chmod(0o755)
     changed = converge(etc, secret(etc / "key"))
-    assert sorted(changed["changed_files"]) == sorted([str(etc), str(etc / "app.env"), str(etc / "key")])
-    assert changed["changed_variables"] == []
+    assert sorted(changed["altered_files"]) == sorted([str(etc), str(etc / "app.env"), str(etc / "key")])
+    assert changed["altered_variables"] == []
     assert [mode(etc), mode(etc / "key"), mode(etc / "app.env")] == [0o700, 0o600, 0o600]
 
 

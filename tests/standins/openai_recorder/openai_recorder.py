@@ -2,7 +2,8 @@
 """Stands in for an OpenAI-compatible server in tests, to look at what Open WebUI sends. It is no model.
 
 Use: openai_recorder.py PORT FILE. Offers one model, `recorder`, whose answer is always ANSWER, streamed or not, and
-appends each request to FILE as one line of JSON: path, key, body. Listens on the loopback address alone.
+appends each request to FILE as one line of JSON: path, key, body. It refuses tools, as LMDeploy without a parser for
+them does. Listens on the loopback address alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 MODEL = "recorder"
 ANSWER = "This was recorded."
+REFUSAL = "Please launch the api_server with --tool-call-parser if you want to use tools."
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -31,6 +33,9 @@ class Handler(BaseHTTPRequestHandler):
         """Complete a chat."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.note(body)
+        if body.get("tools"):
+            self.answer({"object": "error", "message": REFUSAL, "code": 400}, status=400)
+            return
         head = {"id": "chatcmpl-1", "created": 0, "model": MODEL}
         message = {"role": "assistant", "content": ANSWER}
         if not body.get("stream"):
@@ -52,10 +57,10 @@ class Handler(BaseHTTPRequestHandler):
         with self.record.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    def answer(self, content: Any) -> None:
+    def answer(self, content: Any, status: int = 200) -> None:
         """Send JSON."""
         data = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
