@@ -80,6 +80,14 @@ class Instance:
         value = self.get(key)
         return list(value) if isinstance(value, list | tuple) else []
 
+    def flags(self) -> Iterator[tuple[str, str]]:
+        """Yield (flag, first value) of the extra arguments."""
+        words = [str(word) for word in self.items("extra_args")]
+        for word, following in zip(words, [*words[1:], ""], strict=False):
+            if word.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", word):
+                flag, equals, value = word.partition("=")
+                yield flag, value if equals else following
+
     def variable(self, key: str) -> str:
         """Return the name under which a person finds the setting."""
         if self.index >= 0 and self.own.get(key) is not None:
@@ -186,6 +194,11 @@ def whole(value: Any) -> int | None:
     if isinstance(value, int):
         return value
     return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else None
+
+
+def is_power_of_two(number: int) -> bool:
+    """Tell whether a number is 1, 2, 4, 8, ..."""
+    return number > 0 and number & (number - 1) == 0
 
 
 def version_key(text: str) -> tuple[int, ...] | None:

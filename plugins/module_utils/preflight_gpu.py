@@ -8,6 +8,7 @@ A card is used by an instance when it is one of its ``gpus``, or, without that l
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_memory import (
@@ -23,6 +24,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desire
     Desired,
     Finding,
     Instance,
+    is_power_of_two,
     version_key,
     whole,
 )
@@ -69,7 +71,8 @@ def size_of(desired: Desired, instance: Instance, survey: Survey) -> ModelSize |
 def tp_of(desired: Desired, instance: Instance, survey: Survey) -> int:
     """Return the number of cards of an instance: the one that is set, else what cards and heads allow."""
     fixed = instance.whole("tp")
-    if fixed is not None and fixed > 0:
+    # What tp_form refuses is judged further as if it said auto, so that one slip is one finding.
+    if fixed is not None and is_power_of_two(fixed):
         return fixed
     size = size_of(desired, instance, survey)
     heads, kv_heads = (size.heads, size.kv_heads) if size else (0, 0)
@@ -253,11 +256,8 @@ def free_bytes(card: Gpu, survey: Survey) -> int:
 
 
 def _quant_policy(instance: Instance) -> int:
-    words = [str(word) for word in instance.items("extra_args")]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word.startswith("--quant-policy"):
-            return {"int8": 8, "int4": 4}.get(following, whole(word.partition("=")[2] or following) or 0)
-    return 0
+    given = dict(instance.flags()).get("--quant-policy", "")
+    return {"int8": 8, "int4": 4}.get(given, whole(given) or 0)
 
 
 def _ratio(instance: Instance) -> float:
@@ -302,6 +302,7 @@ def _judge_memory(
 def check_card_memory(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """memory: weights, room to work and one whole session fit on the cards, all instances of the host together."""
     room = {card["uuid"]: float(free_bytes(card, survey)) for card in survey["gpu"]["cards"]}
+    shared: dict[str, str] = {}
     for instance in desired.instances:
         cards, tp = used_cards(desired, instance, survey), tp_of(desired, instance, survey)
         if not cards or len(cards) < tp or any(card["mig"] for card in cards):
@@ -315,12 +316,16 @@ def check_card_memory(desired: Desired, survey: Survey) -> Iterator[Finding]:
         tightest = min(cards, key=lambda card: room[card["uuid"]])
         where = f"card {tightest['index']} ({tightest['name']}, {tightest['memory_mib'] / 1024:.0f} GiB)"
         finding = _judge_memory(desired, instance, size, tp, room[tightest["uuid"]], where)
+        if finding and tightest["uuid"] in shared:
+            hint = f" {shared[tightest['uuid']]} is on the same card: lower its cache_max_entry_count."
+            finding = replace(finding, fix=finding.fix + hint)
         if finding:
             yield finding
         for card in cards:
             # The engine takes its share of what is free for the cache, so that much is gone for the next instance.
             left = max(0.0, room[card["uuid"]] - size.weight_bytes / tp - WORKSPACE_BYTES)
             room[card["uuid"]] = left * (1 - _ratio(instance))
+            shared[card["uuid"]] = instance.unit
 
 
 def check_host_memory(desired: Desired, survey: Survey) -> Iterator[Finding]:

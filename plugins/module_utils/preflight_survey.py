@@ -265,13 +265,15 @@ def parse_topology(text: str) -> list[GpuLink]:
     """Return the links between cards of ``nvidia-smi topo -m``, each pair once."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [[field.strip() for field in line.split("\t")] for line in plain.splitlines()]
-    header: list[str] = next((line for line in lines if "GPU0" in line[1:]), [])
+    # The header begins with a tab, which others may have stripped.
+    header = next((line for line in lines if "GPU0" in line[:2] and "GPU1" in line), [])
+    names = [name for name in header if name]
     links: list[GpuLink] = []
     for line in lines:
         own = re.fullmatch(r"GPU(\d+)", line[0])
-        if not own:
+        if not own or line is header:
             continue
-        for name, link in zip(header[1:], line[1:], strict=False):
+        for name, link in zip(names, line[1:], strict=False):
             other = re.fullmatch(r"GPU(\d+)", name)
             if other and int(own.group(1)) < int(other.group(1)):
                 links.append({"first": int(own.group(1)), "second": int(other.group(1)), "link": link})

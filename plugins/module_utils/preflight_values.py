@@ -14,6 +14,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desire
     Desired,
     Finding,
     Instance,
+    is_power_of_two,
     overlaps,
     version_key,
     whole,
@@ -114,7 +115,7 @@ def check_tp_form(desired: Desired) -> Iterator[Finding]:
     for instance in desired.instances:
         value = instance.get("tp")
         tp = whole(value)
-        if value in (None, "", "auto") or (tp is not None and tp > 0 and tp & (tp - 1) == 0):
+        if value in (None, "", "auto") or (tp is not None and is_power_of_two(tp)):
             continue
         yield desired.fault(
             "tp_form",
@@ -196,15 +197,6 @@ def check_names_of_engine(desired: Desired) -> Iterator[Finding]:
             yield desired.fault(key, instance.variable(key), value, why, fix)
 
 
-def _flags(instance: Instance) -> Iterator[tuple[str, str]]:
-    """Yield (flag, first value) of the extra arguments."""
-    words = [str(word) for word in instance.items("extra_args")]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", word):
-            flag, equals, value = word.partition("=")
-            yield flag, value if equals else following
-
-
 def _judge_flag(desired: Desired, instance: Instance, flag: str, value: str) -> Finding | None:
     known: dict[str, Any] = dict((desired.command_line or {}).get("flags", {}))
     variable = instance.variable("extra_args")
@@ -231,7 +223,7 @@ def check_flags(desired: Desired) -> Iterator[Finding]:
     if desired.engine != "lmdeploy" or not desired.command_line:
         return
     for instance in desired.instances:
-        for flag, value in _flags(instance):
+        for flag, value in instance.flags():
             finding = _judge_flag(desired, instance, flag, value)
             if finding:
                 yield finding

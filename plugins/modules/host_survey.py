@@ -143,7 +143,7 @@ def run(command: list[str], timeout_seconds: float) -> tuple[int, str]:
         return 127, f"{command[0]} gave no answer within {timeout_seconds:.0f} s"
     except OSError as error:
         return 127, str(error)
-    return done.returncode, done.stdout.decode("utf-8", "replace").strip()
+    return done.returncode, done.stdout.decode("utf-8", "replace").rstrip()
 
 
 def in_parallel(jobs: dict[str, Callable[[], T]], timeout_seconds: float) -> dict[str, T]:
