@@ -86,7 +86,7 @@ def test_every_scenario_has_checks_that_pytest_finds() -> None:
         "molecule",
         expected=None,
     )
-    found = set(re.findall(r"^molecule/([^/]+)/tests/", done.stdout, re.MULTILINE))
+    found = set(re.findall(r"^(?:molecule/)?([^/\s]+)/tests/", done.stdout, re.MULTILINE))
     assert found == scenarios, done.stdout + done.stderr
 
 
