@@ -21,13 +21,21 @@ NO_PURPOSE = (
     "**.md",
     "**.json",
     "**.png",
+    "tests/unit/fixtures/**",
 )
 GENERATED = ("roles/*/files/locks/**", "requirements/*.txt", "changelogs/changelog.yaml")
 PLACES = re.compile(
-    r"/checkout/|/root/\.|/tmp/w\d*/|/home/\w+/"
-    r"|\b(?:pypi|pythonhosted|npmjs|npmmirror|anaconda|debian|ubuntu|modelscope|tuna\.tsinghua\.edu)\.(?:org|com|net|io|cn)\b"
+    r"(?<![\w.])/checkout/|/checkout/.tool|/tmp/w\d*/"
+    r"|\b(?:[\w-]+\.)*(?:pypi|pythonhosted|npmjs|npmmirror|anaconda|debian|ubuntu|modelscope|tuna\.tsinghua\.edu)"
+    r"\.(?:org|com|net|io|cn)\b"
 )
-MINICONDA_PLACE = "https://repo.anaconda.com/miniconda"
+# The official places that code must know to reach or to test them; each stands only where it is used.
+OFFICIAL_PLACES = {
+    "repo.anaconda.com": ("roles/miniconda/**", "roles/mirrors/**"),
+    "pypi.org": ("plugins/module_utils/preflight_host.py", "tests/unit/test_preflight_checks.py"),
+    "conda.anaconda.org": ("plugins/module_utils/preflight_host.py", "tests/unit/test_preflight_checks.py"),
+    "modelscope.cn": ("plugins/module_utils/preflight_host.py",),
+}
 EXCEPTION = re.compile(
     r"#\s*(?:noqa|nosec|type:\s*ignore)(?::\s*[\w\[\]-]+(?:\s*,\s*[\w\[\]-]+)*|\[[^\]]*\])?(?P<reason>.*)"
 )
@@ -60,17 +68,14 @@ def _index_hosts() -> set[str]:
 
 
 def no_foreign_places(tree: Tree) -> Iterator[str]:
-    """No path of one machine and no package registry's host; the official Miniconda place stands in its role."""
+    """No path of one machine and no package registry's host, but for official places where they are used."""
     hosts = _index_hosts()
     for name in tree.names:
         if name in ("tests/static/rules_repository.py", "tests/static/test_rules.py"):
             continue
+        official = {place for place, globs in OFFICIAL_PLACES.items() if name in tree.match(*globs)}
         for number, line in enumerate(tree.text(name).splitlines(), 1):
-            text = (
-                line.replace(MINICONDA_PLACE, "") if name.startswith(("roles/miniconda/", "roles/mirrors/")) else line
-            )
-            found = PLACES.search(text)
-            if found or any(host in text for host in hosts):
+            if set(PLACES.findall(line)) - official or any(host in line for host in hosts - official):
                 yield f"{name}:{number} names a place that is not everyone's: {line.strip()[:100]}"
 
 

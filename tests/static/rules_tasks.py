@@ -31,7 +31,9 @@ def _code(text: str) -> str:
 
 def facts_are_read_by_bracket(tree: Tree) -> Iterator[str]:
     """Facts are ansible_facts['x']: no injected fact, no dot."""
-    for name in tree.match("roles/**.yml", "roles/**.j2", "playbooks/**.yml", "molecule/**.yml", "inventories/**.yml"):
+    for name in tree.match(
+        "roles/**.yml", "roles/**.j2", "playbooks/**.yml", "molecule/*/converge.yml", "inventories/**.yml"
+    ):
         for number, line in enumerate(_code(tree.text(name)).splitlines(), 1):
             if DOT_FACT.search(line):
                 yield f"{name}:{number} reads a fact by dot: {line.strip()}"
@@ -43,16 +45,17 @@ def facts_are_read_by_bracket(tree: Tree) -> Iterator[str]:
 def names_inside_carry_the_role(tree: Tree) -> Iterator[str]:
     """Registers and loop variables start with __ROLE_, facts that a task sets with ROLE_ or __ROLE_."""
     for task in tree.tasks():
-        inner = f"__{task.prefix}_"
+        inner = tuple(f"__{owner}_" for owner in task.owners)
         registered = task.keys.get("register")
         if isinstance(registered, str) and not registered.startswith(inner):
-            yield f"{task.where}: register {registered} does not start with {inner}"
+            yield f"{task.where}: register {registered} does not start with {inner[0]}"
         variable = (task.keys.get("loop_control") or {}).get("loop_var")
         if variable and not variable.startswith(inner):
-            yield f"{task.where}: loop_var {variable} does not start with {inner}"
-        owners = [task.role] if task.role else [task.prefix, *tree.roles()]
+            yield f"{task.where}: loop_var {variable} does not start with {inner[0]}"
+        # A playbook may set a role's variable: that is how roles that know no other host learn of one.
+        owners = tuple(f"{owner}_" for owner in (*task.owners, *(() if task.role else tree.roles())))
         for name in plain(task.keys.get("ansible.builtin.set_fact") or {}):
-            if name != "cacheable" and not name.removeprefix("__").startswith(tuple(f"{o}_" for o in owners)):
+            if name != "cacheable" and not name.removeprefix("__").startswith(owners):
                 yield f"{task.where}: set_fact {name} carries no role's name"
 
 
@@ -93,7 +96,8 @@ def secrets_are_hidden_by_one_variable(tree: Tree) -> Iterator[str]:
     """Inside a role no_log is the role's own _secure_logging, so that one variable opens it for a search."""
     for task in tree.tasks():
         hidden = task.keys.get("no_log")
-        if task.role and hidden is not None and hidden != "{{ " + task.role + "_secure_logging }}":
+        wanted = [f"{{{{ {task.role}_secure_logging{also} }}}}" for also in ("", " | bool")]
+        if task.role and hidden is not None and hidden not in wanted:
             yield f"{task.where}: no_log is {hidden!r} instead of {task.role}_secure_logging"
 
 

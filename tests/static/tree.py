@@ -58,9 +58,10 @@ class Task:
         return f"{self.path}:{self.line + 1} ({self.keys.get('name', 'no name')})"
 
     @property
-    def prefix(self) -> str:
-        """Return what names of this file start with: the role, or the playbook file's own name."""
-        return self.role or Path(self.path).stem
+    def owners(self) -> tuple[str, ...]:
+        """Return what names of this file start with: the role, or the playbook's or its folder's own name."""
+        path = Path(self.path)
+        return (self.role,) if self.role else (path.stem, path.parent.name)
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
