@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 ENGINES = ("lmdeploy", "llama_cpp")
 # Facts that roles set for those that run after them; nobody writes them into an inventory.
-GIVEN_BY_ROLES = frozenset({"conda_env_release_prefix", "mirrors_environment"})
+GIVEN_BY_ROLES = frozenset({"api_server_engine_resolved", "conda_env_release_prefix"})
 
 
 def plain(value: Any) -> Any:
@@ -206,7 +206,7 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
             # Who registers wants data; everyone else reads the message, and should not read it twice.
             result["findings"] = findings_as_data
         if survey is not None and desired.engine == "lmdeploy":
-            result["tp"] = {instance.unit: tp_of(desired, instance, survey) for instance in desired.instances}
+            result["tp"] = {instance.unit: tp_of(instance, survey) for instance in desired.instances}
         result["warnings"] = [block(finding) for finding in warnings]
         if arguments["report_dir"]:
             told = {"host": host, "engine": desired.engine, "passed": not errors, "findings": findings_as_data}

@@ -124,10 +124,10 @@ def tp_fits_heads(tp: int, heads: int, kv_heads: int) -> bool:
     return True
 
 
-def automatic_tp(cards: int, heads: int = 0, kv_heads: int = 0, *, is_wsl: bool = False) -> int:
-    """Return the largest power of two that the cards and the model's heads allow; 1 on WSL, where NCCL fails."""
+def automatic_tp(cards: int, heads: int = 0, kv_heads: int = 0) -> int:
+    """Return the largest power of two that the cards and the model's heads allow."""
     tp = 1
-    while not is_wsl and tp * 2 <= cards:
+    while tp * 2 <= cards:
         tp *= 2
     while tp > 1 and not tp_fits_heads(tp, heads, kv_heads):
         tp //= 2

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import ERROR, Finding, cleaned
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_gpu import CPU_CHECKS, GPU_CHECKS
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_host import HOST_CHECKS
-from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_values import VALUE_CHECKS
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_values import (
+    VALUE_CHECKS,
+    check_rules_of_roles,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 # Every check by its id, which preflight_skipped_checks takes.
 CHECKS = {
     "admin_password": "a given administrator's password has at least 12 characters",
+    "api_key": "a given key has at least 32 characters",
     "architecture": "engine and installer exist for the host's processor",
     "chat_template": "the chat template is one that the wanted LMDeploy knows",
     "clock": "the host's clock agrees with the controller's",
@@ -29,7 +33,7 @@ CHECKS = {
     "disk": "there is room for what is not there yet",
     "engine_unknown": "warning: nothing is known about this LMDeploy's command line",
     "env_shared": "each program has a conda environment of its own",
-    "exposed": "warning: an engine listens on the network",
+    "exposed": "warning: an engine is open to every network",
     "flag": "extra arguments are known to the wanted LMDeploy and not set by a variable",
     "gpu_busy": "warning: others compute on the engine's cards",
     "gpu_driver": "NVIDIA's driver answers and is new enough for the wheels",
@@ -55,6 +59,7 @@ CHECKS = {
     "port_range": "a port is a number from 1 to 65535",
     "privilege": "the tasks run as root",
     "reasoning_parser": "the reasoning parser is one that the wanted LMDeploy knows",
+    "role_rule": "what a role itself would refuse later",
     "sha256": "a SHA-256 is 64 hexadecimal digits",
     "shm": "shared memory is 1 GiB or more where an engine runs on several cards",
     "survey": "the host could be looked at",
@@ -77,6 +82,7 @@ CHECKS = {
 def judge(desired: Desired, survey: Survey | None) -> list[Finding]:
     """Return every finding; without a survey only those that the inventory alone shows."""
     found = [finding for check in VALUE_CHECKS for finding in check(desired)]
+    found += check_rules_of_roles(desired, found)
     if survey is not None:
         found += [finding for check in HOST_CHECKS for finding in check(desired, survey)]
         checks = {"lmdeploy": GPU_CHECKS, "llama_cpp": CPU_CHECKS}.get(desired.engine, ())

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import UNIT, EngineFault, model_path
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -91,13 +93,18 @@ class Instance:
     def variable(self, key: str) -> str:
         """Return the name under which a person finds the setting."""
         if self.index >= 0 and self.own.get(key) is not None:
-            return f"api_server_instances[{self.index}].{key}"
+            return f"{self.entry}.{key}"
         return f"api_server_{key}"
+
+    @property
+    def entry(self) -> str:
+        """What people call an entry of the list: its name, or its place where it has none."""
+        return f"api_server_instances[{self.own.get('name') or self.index}]"
 
     @property
     def unit(self) -> str:
         """The systemd unit that runs it."""
-        return f"api-server-{self.own.get('name', '')}.service" if self.index >= 0 else "api-server.service"
+        return f"{UNIT}-{self.own.get('name', '')}.service" if self.index >= 0 else f"{UNIT}.service"
 
 
 @dataclass(frozen=True)
@@ -181,10 +188,11 @@ class Desired:
         return f"{self.text('miniconda_prefix')}/envs/{self.text(environment.name_variable)}"
 
     def model_path(self, model: str) -> str:
-        """Return where a model is on the host: a path is itself, a repository id becomes ORG--NAME."""
-        if model.startswith("/"):
-            return model
-        return f"{self.text('model_weights_dir')}/{model.replace('/', '--')}"
+        """Return where a model is on the host; '' for what is no model at all, which the engine's own rules report."""
+        try:
+            return model_path(model, self.text("api_server_models_dir") or self.text("model_weights_dir"))
+        except EngineFault:
+            return ""
 
 
 def whole(value: Any) -> int | None:
@@ -216,8 +224,9 @@ def overlaps(first: str, second: str) -> bool:
 def shown(name: str, value: Any) -> str:
     """Return a value for people: on one line, short, and without any secret."""
     masked = _masked(name, value)
-    # Quotes and escapes of repr() show what would otherwise be invisible: blanks, line breaks, a number in quotes.
-    text = repr(masked) if isinstance(masked, str | list | dict) and masked != HIDDEN else str(masked)
+    # A word is shown as it is; what holds blanks, quotes or what can't be seen gets the quotes and escapes of repr().
+    is_word = isinstance(masked, str) and re.fullmatch(r"[!-&(-~]+", masked) is not None
+    text = str(masked) if is_word or masked == HIDDEN else repr(masked)
     return text if len(text) <= 200 else f"{text[:190]}... ({len(text)} characters)"
 
 

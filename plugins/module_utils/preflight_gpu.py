@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import tensor_parallel
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_memory import (
     GIB,
     WORKSPACE_BYTES,
@@ -56,10 +57,9 @@ def resolve_engine(wanted: str, survey: Survey) -> str:
 
 
 def cards_of(instance: Instance, survey: Survey) -> list[Gpu]:
-    """Return the cards that an instance may use: those that it names by number or UUID, else all."""
-    named = [str(entry) for entry in instance.items("gpus")]
-    cards = survey["gpu"]["cards"]
-    return [card for card in cards if not named or str(card["index"]) in named or card["uuid"] in named]
+    """Return the cards that an instance may use: those that it names, else all."""
+    named = instance.items("gpus")
+    return [card for card in survey["gpu"]["cards"] if not named or card["index"] in named]
 
 
 def size_of(desired: Desired, instance: Instance, survey: Survey) -> ModelSize | None:
@@ -68,20 +68,18 @@ def size_of(desired: Desired, instance: Instance, survey: Survey) -> ModelSize |
     return estimate(model, survey["models"].get(desired.model_path(model)))
 
 
-def tp_of(desired: Desired, instance: Instance, survey: Survey) -> int:
-    """Return the number of cards of an instance: the one that is set, else what cards and heads allow."""
+def tp_of(instance: Instance, survey: Survey) -> int:
+    """Return the number of cards of an instance, as the role api_server settles it."""
     fixed = instance.whole("tp")
     # What tp_form refuses is judged further as if it said auto, so that one slip is one finding.
     if fixed is not None and is_power_of_two(fixed):
         return fixed
-    size = size_of(desired, instance, survey)
-    heads, kv_heads = (size.heads, size.kv_heads) if size else (0, 0)
-    return automatic_tp(len(cards_of(instance, survey)), heads, kv_heads, is_wsl=survey["wsl"]["is_wsl"])
+    return tensor_parallel("auto", len(cards_of(instance, survey)), wsl=survey["wsl"]["is_wsl"])
 
 
-def used_cards(desired: Desired, instance: Instance, survey: Survey) -> list[Gpu]:
+def used_cards(instance: Instance, survey: Survey) -> list[Gpu]:
     """Return the cards that an instance will compute on."""
-    return cards_of(instance, survey)[: tp_of(desired, instance, survey)]
+    return cards_of(instance, survey)[: tp_of(instance, survey)]
 
 
 def cuda_of(desired: Desired) -> str:
@@ -124,7 +122,7 @@ def check_capability(desired: Desired, survey: Survey) -> Iterator[Finding]:
     cuda = cuda_of(desired)
     known = CAPABILITIES_CUDA_13 if cuda == "13" else CAPABILITIES
     for instance in desired.instances:
-        for card in used_cards(desired, instance, survey):
+        for card in used_cards(instance, survey):
             key = version_key(card["compute_capability"])
             if key is None or any(key[0] == major and key[1] >= minor for major, minor in known):
                 continue
@@ -151,17 +149,15 @@ def check_tp(desired: Desired, survey: Survey) -> Iterator[Finding]:
     for instance in desired.instances:
         variable, value = _asked(instance)
         mine = cards_of(instance, survey)
-        named = [str(entry) for entry in instance.items("gpus") if not str(entry).startswith("MIG-")]
-        unknown = [
-            name for name in named if name not in {str(card["index"]) for card in cards} | {c["uuid"] for c in cards}
-        ]
+        named = instance.items("gpus")
+        unknown = [str(number) for number in named if number not in [card["index"] for card in cards]]
         if unknown:
             why = f"There is no card {', '.join(unknown)}; the host has {listed}."
             yield desired.fault(
                 "gpu_index", instance.variable("gpus"), instance.items("gpus"), why, "Name cards of these."
             )
             continue
-        tp = tp_of(desired, instance, survey)
+        tp = tp_of(instance, survey)
         if tp > len(mine):
             which = f"{instance.variable('gpus')} names {len(mine)}" if named else f"the host has {len(mine)}: {listed}"
             fix = f"Set {variable} to auto, or to at most {automatic_tp(len(mine))}."
@@ -172,28 +168,25 @@ def check_tp(desired: Desired, survey: Survey) -> Iterator[Finding]:
                 f"{instance.text('model')} has {size.heads} attention heads and {size.kv_heads} KV heads (from "
                 f"{size.source}), which can't be split over {tp} cards."
             )
-            fix = f"Set {variable} to auto, or to {automatic_tp(tp, size.heads, size.kv_heads)}."
+            fix = f"Set {variable} to {automatic_tp(tp, size.heads, size.kv_heads)}."
             yield desired.fault("tp_heads", variable, value, why, fix)
 
 
 def check_mig(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """mig: a sliced card is not the card that its size promises."""
     for instance in desired.instances:
-        sliced = [card for card in used_cards(desired, instance, survey) if card["mig"]]
+        sliced = [card for card in used_cards(instance, survey) if card["mig"]]
         if not sliced:
             continue
         why = f"Card {sliced[0]['index']} ({sliced[0]['name']}) is in MIG mode: it is cut into slices."
-        fix = (
-            f"Name cards without MIG in {instance.variable('gpus')}, or one slice by its UUID (nvidia-smi -L shows "
-            "MIG-...) with tp 1, or turn MIG off (nvidia-smi -mig 0)."
-        )
+        fix = f"Name cards without MIG in {instance.variable('gpus')}, or turn it off (nvidia-smi -mig 0)."
         yield desired.fault("mig", instance.variable("gpus"), instance.items("gpus"), why, fix)
 
 
 def check_busy_cards(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """gpu_busy: others compute on the engine's cards."""
     for instance in desired.instances:
-        for card in used_cards(desired, instance, survey):
+        for card in used_cards(instance, survey):
             others = [
                 process
                 for process in survey["gpu"]["processes"]
@@ -214,7 +207,7 @@ def check_busy_cards(desired: Desired, survey: Survey) -> Iterator[Finding]:
 def check_joins(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """gpu_mixed, gpu_topology, wsl_tp, shm: what makes several cards slow or silent together."""
     for instance in desired.instances:
-        cards = used_cards(desired, instance, survey)
+        cards = used_cards(instance, survey)
         variable, value = _asked(instance)
         if len(cards) < 2:
             continue
@@ -304,7 +297,7 @@ def check_card_memory(desired: Desired, survey: Survey) -> Iterator[Finding]:
     room = {card["uuid"]: float(free_bytes(card, survey)) for card in survey["gpu"]["cards"]}
     shared: dict[str, str] = {}
     for instance in desired.instances:
-        cards, tp = used_cards(desired, instance, survey), tp_of(desired, instance, survey)
+        cards, tp = used_cards(instance, survey), tp_of(instance, survey)
         if not cards or len(cards) < tp or any(card["mig"] for card in cards):
             continue  # reported as tp_gpus or mig
         size = size_of(desired, instance, survey)

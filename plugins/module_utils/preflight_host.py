@@ -80,7 +80,7 @@ def is_from_hub(model: str) -> bool:
 
 
 def sources(desired: Desired) -> list[Source]:
-    """Return every address that the roles may fetch from; offline only files are left."""
+    """Return every address that the roles may fetch from. Offline means without the official model hub."""
     found: list[Source] = []
     if desired.environments:
         found.append(
@@ -92,12 +92,12 @@ def sources(desired: Desired) -> list[Source]:
     if "miniconda" in desired.roles and desired.text("miniconda_installer_url"):
         found.append(Source(desired.text("miniconda_installer_url"), "miniconda_installer_url", "conda"))
     if any(is_from_hub(model) for _variable, model in models(desired)) and not desired.text("model_weights_source_dir"):
+        own_hub, offline = desired.text("mirrors_hf_endpoint"), desired.values.get("mirrors_offline") is True
         if desired.text("model_weights_hub") == "modelscope":
-            found.append(Source(OFFICIAL_MODELSCOPE, "mirrors_modelscope_enabled", "models"))
-        else:
-            found.append(Source(desired.text("mirrors_hf_endpoint") or OFFICIAL_HUB, "mirrors_hf_endpoint", "models"))
-    offline = desired.values.get("mirrors_offline") is True
-    return [source for source in found if urlsplit(source.url).scheme == "file" or not offline]
+            found += [] if offline else [Source(OFFICIAL_MODELSCOPE, "mirrors_modelscope_enabled", "models")]
+        elif own_hub or not offline:
+            found.append(Source(own_hub or OFFICIAL_HUB, "mirrors_hf_endpoint", "models"))
+    return found
 
 
 def survey_request(desired: Desired) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def survey_request(desired: Desired) -> dict[str, Any]:
     return {
         "paths": sorted(path for path in places if path.startswith("/") and "\0" not in path),
         "ports": sorted({port for _variable, port, _address, _unit in desired.endpoints() if port is not None}),
-        "models": sorted({desired.model_path(model) for _variable, model in models(desired) if "\0" not in model}),
+        "models": sorted({desired.model_path(model) for _variable, model in models(desired)} - {""}),
         "environments": [
             {"path": desired.environment_path(environment), "packages": [environment.package]}
             for environment in desired.environments

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine, open_webui
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
     LOOPBACK,
     Desired,
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Below these versions stand known security faults.
-FLOORS = {"lmdeploy": "0.18.0", "open_webui": "0.12.4"}
-PASSWORD_LENGTH = 12
+FLOORS = {"lmdeploy": "0.18.0", "open_webui": ".".join(str(part) for part in open_webui.VERSION_FLOOR)}
+KEY_LENGTH = 32
 
 # Names of settings that end in a unit, an environment file or a command line.
 TEXT_NAME = re.compile(
@@ -45,19 +46,11 @@ HOSTILE = (
 # Flags that the role's own variables set, and what sets them.
 OWN_FLAGS = {
     "--api-keys": "api_server_api_key",
-    "--server-name": "api_server_host",
-    "--server-port": "api_server_port",
-    "--model-name": "api_server_model_name",
-    "--revision": "api_server_model_revision",
-    "--backend": "api_server_backend",
-    "--tp": "api_server_tp",
-    "--chat-template": "api_server_chat_template",
-    "--session-len": "api_server_session_len",
-    "--cache-max-entry-count": "api_server_cache_max_entry_count",
-    "--max-batch-size": "api_server_max_batch_size",
-    "--tool-call-parser": "api_server_tool_call_parser",
     "--trust-remote-code": "api_server_trust_remote_code",
+    **{flag: f"api_server_{key}" for flag, key in engine.LMDEPLOY_FLAGS},
 }
+# Flags whose values are names that the version's description lists apart.
+NAMED_FLAGS = {"--reasoning-parser": ("reasoning_parser", "reasoning_parsers")}
 
 
 def check_ports(desired: Desired) -> Iterator[Finding]:
@@ -99,9 +92,9 @@ def check_instance_names(desired: Desired) -> Iterator[Finding]:
         if instance.index < 0:
             continue
         name = str(instance.own.get("name", ""))
-        variable = f"api_server_instances[{instance.index}].name"
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            why = "It becomes part of a unit's name, so it is made of letters, digits, '.', '_' and '-'."
+        variable = f"{instance.entry}.name"
+        if engine.name_faults([name]):
+            why = "It becomes part of a unit's name, so it is made of small letters, digits and dashes."
             yield desired.fault("instance_name", variable, name, why, "Give the instance a short plain name.")
         elif name in seen:
             yield desired.fault("instance_name", variable, name, "Another instance has this name.", "Name each once.")
@@ -175,14 +168,13 @@ def _known(names: list[str]) -> str:
 
 
 def check_names_of_engine(desired: Desired) -> Iterator[Finding]:
-    """chat_template, tool_call_parser, reasoning_parser: names that this version of LMDeploy knows."""
+    """chat_template, tool_call_parser: names that this version of LMDeploy knows."""
     known = desired.command_line
     if desired.engine != "lmdeploy" or not known:
         return
     kinds = (
         ("chat_template", "chat_templates", "the model's own template is the right one"),
         ("tool_call_parser", "tool_call_parsers", "tools are then refused"),
-        ("reasoning_parser", "reasoning_parsers", "the answer is then passed on as it is"),
     )
     for instance in desired.instances:
         for key, listed, without in kinds:
@@ -198,8 +190,10 @@ def check_names_of_engine(desired: Desired) -> Iterator[Finding]:
 
 
 def _judge_flag(desired: Desired, instance: Instance, flag: str, value: str) -> Finding | None:
-    known: dict[str, Any] = dict((desired.command_line or {}).get("flags", {}))
-    variable = instance.variable("extra_args")
+    described = desired.command_line or {}
+    known: dict[str, Any] = dict(described.get("flags", {}))
+    variable, version = instance.variable("extra_args"), described.get("version")
+    given = f"{flag} {value}".strip()
     if flag in OWN_FLAGS:
         # Two values of one flag would be a riddle, and keys on a command line are seen by every user of the host.
         fix = f"Set {OWN_FLAGS[flag]} instead."
@@ -207,19 +201,17 @@ def _judge_flag(desired: Desired, instance: Instance, flag: str, value: str) -> 
     if flag not in known:
         near = get_close_matches(flag, known, n=1)
         fix = f"Did you mean {near[0]}?" if near else "Take it out; lmdeploy serve api_server --help lists the flags."
-        version = (desired.command_line or {}).get("version")
         return desired.fault("flag", variable, flag, f"LMDeploy {version} does not know this flag.", fix)
-    choices = [str(choice) for choice in known[flag].get("choices") or []]
+    check, listed = NAMED_FLAGS.get(flag, ("flag", ""))
+    choices = [str(choice) for choice in known[flag].get("choices") or described.get(listed) or []]
     if choices and value not in choices:
-        why = f"LMDeploy {(desired.command_line or {}).get('version')} does not take this value."
-        return desired.fault(
-            "flag", variable, f"{flag} {value}".strip(), why, "Take one of " + ", ".join(choices) + "."
-        )
+        why = f"LMDeploy {version} does not take this value. {_known(choices)}"
+        return desired.fault(check, variable, given, why, "Take one of these, or leave the flag out.")
     return None
 
 
 def check_flags(desired: Desired) -> Iterator[Finding]:
-    """flag: extra arguments that this version of LMDeploy knows and that no variable sets."""
+    """flag, reasoning_parser: extra arguments that this version of LMDeploy knows and that no variable sets."""
     if desired.engine != "lmdeploy" or not desired.command_line:
         return
     for instance in desired.instances:
@@ -275,10 +267,15 @@ def check_folders(desired: Desired) -> Iterator[Finding]:
 
 
 def check_password(desired: Desired) -> Iterator[Finding]:
-    """admin_password: long enough, or left empty so that one is made."""
+    """admin_password, api_key: long enough, or left empty so that one is made."""
+    key = desired.text("api_server_api_key")
+    if key and len(key) < KEY_LENGTH and desired.instances:
+        why = f"It has {len(key)} characters; the least is {KEY_LENGTH}."
+        fix = "Take a longer one, or leave it empty: a strong one is made and kept on the host."
+        yield desired.fault("api_key", "api_server_api_key", key, why, fix)
     password = desired.text("open_webui_admin_password")
-    if password and len(password) < PASSWORD_LENGTH:
-        why = f"It has {len(password)} characters; the least is {PASSWORD_LENGTH}."
+    if password and len(password) < open_webui.PASSWORD_CHARACTERS_MIN:
+        why = f"It has {len(password)} characters; the least is {open_webui.PASSWORD_CHARACTERS_MIN}."
         fix = "Take a longer one, or leave it empty: a strong one is made and kept on the host."
         yield desired.fault("admin_password", "open_webui_admin_password", password, why, fix)
 
@@ -291,8 +288,9 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
                 yield f"{name}.{full}", last, leaf
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):
+            called = (entry.get("name") if isinstance(entry, dict) else None) or index
             for full, last, leaf in _leaves(name, entry):
-                yield f"{name}[{index}]{full.removeprefix(name)}", last, leaf
+                yield f"{name}[{called}]{full.removeprefix(name)}", last, leaf
     else:
         yield name, name, value
 
@@ -362,10 +360,10 @@ def check_reach_of_engine(desired: Desired) -> Iterator[Finding]:
 def check_exposure(desired: Desired) -> Iterator[Finding]:
     """exposed: whoever opens an engine to the network should know what that means."""
     for instance in desired.instances:
-        address = instance.text("host")
-        if address and not LOOPBACK.fullmatch(address):
-            why = "Everyone who reaches this address can try the engine's key, and the traffic is not encrypted."
-            fix = "Keep the port behind a firewall, or bind the engine to 127.0.0.1 and put a TLS gateway before it."
+        address, networks = instance.text("host"), desired.items("api_server_allowed_networks")
+        if address and not LOOPBACK.fullmatch(address) and "any" in networks:
+            why = "Every network may talk to it (api_server_allowed_networks), and the traffic is not encrypted."
+            fix = "Name the networks of its clients, or bind the engine to 127.0.0.1 and put a TLS gateway before it."
             yield desired.warning("exposed", instance.variable("host"), address, why, fix)
 
 
@@ -389,6 +387,45 @@ def check_model_format(desired: Desired) -> Iterator[Finding]:
             else "Name a .gguf file, or run this model on a host with an NVIDIA GPU."
         )
         yield desired.fault("model_format", instance.variable("model"), model, why, fix)
+
+
+def _own_rules(desired: Desired) -> Iterator[str]:
+    """Yield what the roles themselves would refuse later, each a sentence that begins with the variable."""
+
+    def named(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in desired.values.items() if name.startswith(prefix)}
+
+    try:
+        if desired.engine and desired.instances:
+            settings = {
+                "engine": desired.engine,
+                "models_dir": desired.text("api_server_models_dir"),
+                "drain_seconds": 0,
+                "allowed_networks": desired.items("api_server_allowed_networks"),
+            }
+            plain = named("api_server_")
+            engine.engine_instances(plain, desired.items("api_server_instances"), {}, settings)
+    except engine.EngineFault as faults:
+        yield from str(faults).splitlines()
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass  # a value of the wrong type, which is reported as such
+    try:
+        if "open_webui" in desired.roles:
+            yield from open_webui.faults({**named("open_webui_"), "prefix": desired.text("miniconda_prefix")})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+
+
+def check_rules_of_roles(desired: Desired, found: list[Finding]) -> Iterator[Finding]:
+    """role_rule: whatever a role would refuse by itself, after others had changed the host."""
+    for sentence in _own_rules(desired):
+        if any(finding.variable in sentence for finding in found):
+            continue
+        variable = re.split(r"[ :]", sentence, maxsplit=1)[0]
+        why, _, fix = sentence.partition(": ")
+        fix = fix or f"correct {variable}"
+        value = desired.values.get(variable, "(see below)")
+        yield desired.fault("role_rule", variable, value, f"{why}.", f"{fix[0].upper()}{fix[1:]}.")
 
 
 VALUE_CHECKS = (

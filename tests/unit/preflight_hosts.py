@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import preflight_survey as facts
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_checks import judge
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import Desired, Finding
@@ -22,54 +23,43 @@ COMMAND_LINE = {
         "--log-level": {"choices": ["ERROR", "WARNING", "INFO"]},
         "--enable-prefix-caching": {"choices": None},
         "--quant-policy": {"choices": None},
+        "--reasoning-parser": {"choices": None},
     },
     "chat_templates": ["base", "internvl-zh", "llama2"],
     "tool_call_parsers": ["qwen2d5", "qwen3"],
     "reasoning_parsers": ["default", "qwen-qwq"],
 }
 ROLES = frozenset({"mirrors", "miniconda", "conda_env", "model_weights", "api_server", "lmdeploy", "open_webui"})
-VALUES: dict[str, Any] = {
-    "mirrors_pip_index_url": "",
-    "mirrors_conda_channels": ["conda-forge"],
-    "mirrors_hf_endpoint": "",
-    "mirrors_offline": False,
-    "miniconda_prefix": "/opt/miniconda3",
-    "miniconda_installer": "Miniconda3-py311_26.9.4-1-Linux-x86_64.sh",
+CHECKOUT = Path(__file__).resolve().parents[2]
+# What the roles compute from other variables, and a model that fits on the card of the host below.
+COMPUTED: dict[str, Any] = {
     "miniconda_installer_url": "https://example.org/Miniconda3-py311_26.9.4-1-Linux-x86_64.sh",
     "miniconda_installer_sha256": "0" * 64,
     "lmdeploy_version": "0.18.0",
     "lmdeploy_env_name": "lmdeploy",
     "lmdeploy_lock": "/locks/lmdeploy-0.18.0.txt",
-    "llama_cpp_version": "1.2.3",
-    "llama_cpp_env_name": "llama-cpp",
-    "model_weights_dir": "/var/lib/models",
-    "model_weights_models": [],
-    "model_weights_packages": [],
-    "api_server_engine": "auto",
+    "llama_cpp_lock": "/locks/xllamacpp.txt",
+    "model_weights_hub": "huggingface",
     "api_server_model": "OpenGVLab/InternVL3-8B",
-    "api_server_model_name": "",
-    "api_server_backend": "turbomind",
-    "api_server_host": "127.0.0.1",
-    "api_server_port": 23333,
-    "api_server_tp": "auto",
-    "api_server_chat_template": "",
-    "api_server_session_len": None,
-    "api_server_extra_args": [],
-    "api_server_gpus": [],
-    "api_server_instances": [],
-    "open_webui_version": "0.12.4",
-    "open_webui_env_name": "open-webui",
-    "open_webui_profile": "full",
+    "api_server_models_dir": "/var/lib/models",
     "open_webui_lock": "/locks/open-webui.txt",
-    "open_webui_host": "127.0.0.1",
-    "open_webui_port": 8080,
-    "open_webui_connections": [],
-    "open_webui_ollama_urls": [],
+    "open_webui_offline": False,
+    "open_webui_environment": {},
     "open_webui_admin_name": "Ann O'Neil",
-    "open_webui_admin_email": "admin@localhost",
-    "open_webui_admin_password": "",
-    "open_webui_data_dir": "/var/lib/open-webui/data",
 }
+
+
+def defaults() -> dict[str, Any]:
+    """Return the defaults of all roles, those that Ansible must compute as above or left out."""
+    found: dict[str, Any] = {}
+    for path in sorted(CHECKOUT.glob("roles/*/defaults/main.yml")):
+        for name, value in (yaml.safe_load(path.read_text()) or {}).items():
+            if not (isinstance(value, str) and "{{" in value):
+                found[name] = value
+    return {**found, **COMPUTED}
+
+
+VALUES = defaults()
 
 
 def machine(name: str) -> facts.GpuFacts:

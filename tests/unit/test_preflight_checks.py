@@ -54,12 +54,17 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
         "port_clash",
         wish(api_server_instances=two(port=23333)),
         {"gpu": PAIR},
-        ["api_server_instances[1].port", "api-server-one.service", "api_server_instances[0].port"],
+        ["api_server_instances[two].port", "api-server-one.service", "api_server_instances[one].port"],
     ),
-    ("instance_name", wish(api_server_instances=two(name="a b")), {"gpu": PAIR}, ["api_server_instances[1].name"]),
+    (
+        "instance_name",
+        wish(api_server_instances=two(name="a b")),
+        {"gpu": PAIR},
+        ["api_server_instances[a b].name", "small letters"],
+    ),
     ("instance_name", wish(api_server_instances=two(name="one")), {"gpu": PAIR}, ["Another instance"]),
     ("tp_form", wish(api_server_tp=3), {}, ["api_server_tp", "3", "power of two", "1, 2, 4 or 8"]),
-    ("tp_form", wish(api_server_tp="many"), {}, ["'many'"]),
+    ("tp_form", wish(api_server_tp="many"), {}, ["= many"]),
     ("tp_form", wish(api_server_tp=0), {}, ["= 0"]),
     ("version_floor", wish(lmdeploy_version="0.17.1"), {}, ["lmdeploy_version", "0.17.1", "0.18.0"]),
     ("version_floor", wish(lmdeploy_version="latest"), {}, ["no version"]),
@@ -81,9 +86,9 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
         ],
     ),
     ("tool_call_parser", wish(api_server_tool_call_parser="qwen9"), {}, ["qwen2d5, qwen3"]),
-    ("reasoning_parser", wish(api_server_reasoning_parser="none"), {}, ["qwen-qwq"]),
+    ("reasoning_parser", wish(api_server_extra_args=["--reasoning-parser", "x"]), {}, ["default, qwen-qwq"]),
     ("flag", wish(api_server_extra_args=["--enable-prefix-cashing"]), {}, ["Did you mean --enable-prefix-caching?"]),
-    ("flag", wish(api_server_extra_args=["--log-level", "LOUD"]), {}, ["--log-level LOUD", "ERROR, WARNING, INFO"]),
+    ("flag", wish(api_server_extra_args=["--log-level", "LOUD"]), {}, ["--log-level LOUD", "ERROR, INFO, WARNING"]),
     ("flag", wish(api_server_extra_args=["--api-keys=abc"]), {}, ["api_server_api_key"]),
     ("flag", wish(api_server_extra_args=["--tp", "2"]), {}, ["api_server_tp"]),
     ("engine_unknown", wish(_command_line=None), {}, ["lmdeploy_version"]),
@@ -114,11 +119,16 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
     ("hostile_text", wish(open_webui_admin_email="a$b@c"), {}, ["dollar"]),
     ("hostile_text", wish(model_weights_dir="/my models"), {}, ["blank"]),
     ("hostile_text", wish(open_webui_admin_name="Ann\nEvil"), {}, ["line break"]),
-    ("hostile_text", wish(api_server_instances=two(model="a'b")), {"gpu": PAIR}, ["api_server_instances[1].model"]),
+    ("hostile_text", wish(api_server_instances=two(model="a'b")), {"gpu": PAIR}, ["api_server_instances[two].model"]),
     ("path", wish(model_weights_dir="models"), {}, ["no absolute path"]),
     ("env_shared", wish(open_webui_env_name="lmdeploy"), {}, ["open_webui_env_name", "lmdeploy_env_name"]),
     ("loopback", wish(_peers=(Peer("gpu1", ("127.0.0.1",)),)), {}, ["api_server_host of gpu1", "gpu1", "box"]),
-    ("exposed", wish(api_server_host="0.0.0.0"), {}, ["firewall"]),
+    ("exposed", wish(api_server_host="0.0.0.0", api_server_allowed_networks=["any"]), {}, ["Every network"]),
+    ("role_rule", wish(api_server_host="10.0.0.7"), {}, ["api_server_allowed_networks is empty", "10.0.0.0/24"]),
+    ("role_rule", wish(api_server_model="/home/ann/x-1B"), {}, ["sees nothing under /home/"]),
+    ("role_rule", wish(open_webui_settings={"PORT": 1}), {}, ["open_webui_settings", "open_webui_port"]),
+    ("role_rule", wish(open_webui_admin_email="ann"), {}, ["name@host.domain"]),
+    ("api_key", wish(api_server_api_key="sk-short"), {}, ["8 characters", "32", HIDDEN]),
     ("model_format", wish(api_server_model="/m/x-7B.Q4_0.gguf"), {}, ["GGUF", "llama_cpp"]),
     ("model_format", wish("llama_cpp"), {"gpu": hosts.NO_CARD}, ["OpenGVLab/InternVL3-8B", ".gguf"]),
     ("privilege", wish(), {"is_root": False}, ["ansible_become"]),
@@ -184,6 +194,8 @@ GOOD: list[tuple[Desired, dict[str, Any]]] = [
     (wish(api_server_tp=1, open_webui_admin_password="twelve chars"), {}),
     (wish(api_server_tp="1"), {}),
     (wish(api_server_instances=INSTANCES), {"gpu": PAIR}),
+    (wish(api_server_host="10.0.0.7", api_server_allowed_networks=["10.0.0.0/24"]), {}),
+    (wish(api_server_extra_args=["--reasoning-parser", "qwen-qwq"], api_server_api_key="k" * 32), {}),
     # One port on two addresses that don't meet.
     (wish(open_webui_port=23333, open_webui_host="127.0.0.2"), {}),
     (wish(api_server_chat_template="/etc/template.json", api_server_tool_call_parser="qwen3"), {}),
@@ -297,8 +309,10 @@ def test_the_places_that_are_asked() -> None:
         "https://example.org/Miniconda3-py311_26.9.4-1-Linux-x86_64.sh": "miniconda_installer_url",
         "https://huggingface.co": "mirrors_hf_endpoint",
     }
-    offline = sources(wish(mirrors_offline=True, miniconda_installer_url="file:///srv/m.sh"))
-    assert [source.url for source in offline] == ["file:///srv/m.sh"]
+    offline = {source.url for source in sources(wish(mirrors_offline=True, miniconda_installer_url="file:///srv/m.sh"))}
+    assert offline == {"https://pypi.org/simple/", "https://conda.anaconda.org/conda-forge/", "file:///srv/m.sh"}
+    own_hub = sources(wish(mirrors_offline=True, mirrors_hf_endpoint="http://hub:8000"))
+    assert "http://hub:8000" in {source.url for source in own_hub}
     local = wish(api_server_model="/models/x-7B", model_weights_hub="modelscope")
     assert "https://huggingface.co" not in {source.url for source in sources(local)}
 

@@ -47,7 +47,7 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
     ("tp_gpus", wish(api_server_tp=16), on("h100_8_nvlink"), ["16", "at most 8"]),
     ("tp_gpus", wish(api_server_tp=4, api_server_gpus=[0, 1]), on("h100_4_nvlink"), ["api_server_gpus names 2"]),
     ("tp_heads", wish(api_server_model=TINY, api_server_tp=4), on("h100_4_nvlink"), ["14 attention heads", "to 2"]),
-    ("tp_heads", wish(api_server_tp=8), on("h100_8_nvlink"), ["28 attention heads", "to 4"]),
+    ("tp_heads", wish(), on("h100_8_nvlink"), ["api_server_tp = auto", "28 attention heads", "to 4"]),
     ("gpu_index", wish(api_server_gpus=[4]), on("h100_4_nvlink"), ["no card 4", "0 (NVIDIA H100"]),
     ("mig", wish(), on("h100_mig"), ["MIG", "nvidia-smi -mig 0"]),
     ("gpu_busy", wish(api_server_model=TINY), on("rtx4090_desktop"), ["2211", "8012 MiB", "3120 (python3, 604 MiB)"]),
@@ -99,7 +99,7 @@ GOOD: list[tuple[Desired, dict[str, Any], int]] = [
     (wish(), on("v100"), 1),
     (wish(api_server_model="OpenGVLab/InternVL3-78B"), on("h100_4_nvlink", memory_bytes=256 * GIB), 4),
     (wish(api_server_model="OpenGVLab/InternVL3-78B"), on("h100_8_nvlink", memory_bytes=256 * GIB), 8),
-    (wish(), on("h100_8_nvlink"), 4),  # 28 heads don't split over 8
+    (wish(api_server_tp=4), on("h100_8_nvlink"), 4),
     (wish(api_server_gpus=[2, 3]), on("rtx4090_4_two_sockets"), 2),
     (wish(api_server_gpus=[0]), on("mixed_4090_3090"), 1),
     (wish(api_server_gpus=[1]), on("h100_mig"), 1),
@@ -115,7 +115,7 @@ def test_what_fits_passes(desired: Desired, changes: dict[str, Any], tp: int) ->
     findings = [f for f in judge(desired, survey) if f.check not in {"gpu_busy", "gpu_topology"}]
     assert [report([finding], "") for finding in findings] == []
     if tp:
-        assert gpu.tp_of(desired, desired.instances[0], survey) == tp
+        assert gpu.tp_of(desired.instances[0], survey) == tp
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_two_engines_on_one_card_need_cache_ratios_that_fit_together() -> None:
     # The first takes 0.8 of what is free for its cache, and too little is left for the second.
     greedy = wish(api_server_instances=instances({"model": AWQ}, {"model": TINY}), api_server_tp=1)
     finding = the("memory", greedy, host(**on("rtx3090")))
-    assert finding.variable == "api_server_instances[1].model"
+    assert finding.variable == "api_server_instances[i1].model"
     assert "api-server-i0.service is on the same card: lower its cache_max_entry_count" in finding.fix
     shared = instances({"model": TINY, "cache_max_entry_count": 0.4}, {"model": TINY, "cache_max_entry_count": 0.4})
     assert "memory" not in checks(wish(api_server_instances=shared, api_server_tp=1), host(**on("rtx3090")))
@@ -171,7 +171,7 @@ def test_instances_side_by_side_on_their_own_cards() -> None:
     pairs = instances({"gpus": [0, 1], "model": SEED}, {"gpus": [2, 3], "model": SEED})
     desired, survey = wish(api_server_instances=pairs), host(**on("h100_4_nvlink"))
     assert checks(desired, survey) == set()
-    assert [gpu.tp_of(desired, instance, survey) for instance in desired.instances] == [2, 2]
+    assert [gpu.tp_of(instance, survey) for instance in desired.instances] == [2, 2]
 
 
 def test_the_kv_cache_in_eight_bits_halves_a_session() -> None:
