@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 ENGINES = ("lmdeploy", "llama_cpp")
 # Facts that roles set for those that run after them; nobody writes them into an inventory.
-GIVEN_BY_ROLES = frozenset({"api_server_engine_resolved", "conda_env_release_prefix"})
+GIVEN_BY_ROLES = frozenset({"api_server_engine_resolved", "conda_env_release_prefix", "lmdeploy_release_prefix"})
 
 
 def plain(value: Any) -> Any:
