@@ -548,14 +548,14 @@ def close_door(port: int) -> None:
     tables = [Path(f"/proc/self/net/{name}").read_text(encoding="ascii") for name in ("tcp", "tcp6")]
     rows = [line.split() for table in tables for line in table.splitlines()]
     listening = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
-    decoy = socket.create_server(("127.0.0.1", 0))
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        with contextlib.suppress(OSError):
-            if str(entry.readlink()) in listening:
-                with socket.socket(fileno=os.dup(int(entry.name))) as old:
-                    address = old.getsockname()[:2]
-                os.dup2(decoy.fileno(), int(entry.name))
-                socket.create_connection(address, timeout=1).close()
+    with socket.create_server(("127.0.0.1", 0)) as decoy:
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(OSError):
+                if str(entry.readlink()) in listening:
+                    with socket.socket(fileno=os.dup(int(entry.name))) as old:
+                        address = old.getsockname()[:2]
+                    os.dup2(decoy.fileno(), int(entry.name))
+                    socket.create_connection(address, timeout=1).close()
 
 
 def busy(server: Any) -> bool:

@@ -1,0 +1,5 @@
+"""LMDeploy's way in."""
+
+from .entrypoint import run
+
+__all__ = ["run"]

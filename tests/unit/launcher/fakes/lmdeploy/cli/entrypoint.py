@@ -1,0 +1,12 @@
+"""What `lmdeploy` calls."""
+
+from .cli import CLI
+from .serve import SubCliServe
+
+
+def run() -> None:
+    """Parse sys.argv and run the command."""
+    CLI.add_parsers()
+    SubCliServe.add_parsers()
+    args = CLI.parser.parse_args()
+    args.run(args)

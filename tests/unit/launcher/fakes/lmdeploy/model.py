@@ -1,0 +1,9 @@
+"""The chat templates."""
+
+from typing import ClassVar
+
+
+class MODELS:
+    """As mmengine's registry."""
+
+    module_dict: ClassVar = {"base": object, "vicuna": object, "hf": object}

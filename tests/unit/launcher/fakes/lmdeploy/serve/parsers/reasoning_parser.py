@@ -1,0 +1,11 @@
+"""Parsers of reasoning."""
+
+from typing import ClassVar
+
+LEGACY_REASONING_PARSER_NAMES = ("deepseek-r1",)
+
+
+class ReasoningParserManager:
+    """As mmengine's registry."""
+
+    module_dict: ClassVar = {"default": object}
