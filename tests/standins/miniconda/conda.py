@@ -13,6 +13,7 @@ import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NoReturn
 
 VERSION = "26.7.1"
 ROOT = Path(sys.prefix)
@@ -183,16 +184,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main() -> int:
-    """Run one conda command."""
+def main() -> NoReturn:
+    """Run one conda command and end the program."""
+    status = 0
     arguments = parser().parse_args()
     try:
         arguments.call(arguments)
     except CondaError as error:
         print(f"\n{error}\n", file=sys.stderr)
-        return 1
-    return 0
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # rattler's threads outlive its calls and crash one interpreter in seven while it shuts down.
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
