@@ -101,6 +101,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -364,7 +365,7 @@ def survey_urls(
     opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
     wanted = sorted(set(urls))
     found = in_parallel(
-        {url: lambda u=url: try_url(u, opener, timeout_seconds) for url in wanted},  # type: ignore[misc]
+        {url: partial(try_url, url, opener, timeout_seconds) for url in wanted},
         timeout_seconds + 0.5,
     )
     late: facts.UrlFacts = {"reached": False, "detail": f"no answer within {timeout_seconds:g} s"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import preflight_survey as facts
@@ -95,13 +95,13 @@ def path_facts(**changes: Any) -> facts.PathFacts:
         "free_bytes": 500 * GB,
         **changes,
     }
-    return facts.PathFacts(**plain)  # type: ignore[typeddict-item]
+    return cast("facts.PathFacts", plain)
 
 
 def host(**changes: Any) -> facts.Survey:
     """Return the survey of a host with one RTX 3090, a large disk and nothing installed."""
-    places = ("/opt/miniconda3", "/opt/miniconda3/envs/lmdeploy", "/opt/miniconda3/envs/llama-cpp")
-    places += ("/opt/miniconda3/envs/open-webui", "/var/lib/models", "/var/lib/open-webui/data")
+    environments = [f"/opt/miniconda3/envs/{name}" for name in ("lmdeploy", "llama-cpp", "open-webui")]
+    places = ["/opt/miniconda3", *environments, "/var/lib/models", "/var/lib/open-webui/data"]
     plain: dict[str, Any] = {
         "time": 0.0,
         "is_root": True,
@@ -126,7 +126,7 @@ def host(**changes: Any) -> facts.Survey:
         "urls": {},
         **changes,
     }
-    return facts.Survey(**plain)  # type: ignore[typeddict-item]
+    return cast("facts.Survey", plain)
 
 
 def wish(engine: str = "lmdeploy", **values: Any) -> Desired:

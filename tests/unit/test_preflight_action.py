@@ -14,6 +14,7 @@ import pytest
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 from ansible_collections.selfhost.lmdeploy.plugins.action import preflight
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_host import OFFICIAL_INDEX
 
 ENGINE = ["mirrors", "miniconda", "conda_env", "model_weights", "api_server"]
 WEB = ["mirrors", "miniconda", "conda_env", "open_webui"]
@@ -39,7 +40,7 @@ class Run:
             templar=Templar(loader),
             shared_loader_obj=MagicMock(),
         )
-        plugin._execute_module = self.answer(survey)  # type: ignore[method-assign]
+        plugin._execute_module = self.answer(survey)
         task_vars = {name: trusted(value) for name, value in variables.items()}
         hostvars = {"box": task_vars, "gpu1": {}, "gpu2": {"api_server_host": "10.0.0.2"}}
         self.result = plugin.run(task_vars={"inventory_hostname": "box", "hostvars": hostvars, **task_vars})
@@ -77,7 +78,7 @@ def test_the_seeds_recipe_on_two_cards_passes_with_defaults_alone() -> None:
     assert not run.result.get("failed")
     assert (run.result["engine"], run.result["tp"]) == ("lmdeploy", {"api-server.service": 2})
     assert run.asked["ports"] == [8080, 23333]
-    assert "https://pypi.org/simple/" in run.asked["urls"]
+    assert OFFICIAL_INDEX in run.asked["urls"]
 
 
 def test_a_host_without_cards_gets_the_cpu_engine() -> None:
