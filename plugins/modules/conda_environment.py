@@ -253,7 +253,8 @@ class Environment:
         self.refuse_foreign()
         found = complete_release(self.home, identity)
         if found is None:
-            names = ", ".join(path.name for path in releases(self.home) if read_marker(path)) or "none"
+            markers = [marker for folder in releases(self.home) if (marker := read_marker(folder))]
+            names = ", ".join(sorted({marker["id"] for marker in markers})) or "none"
             raise BuildError(f"{self.home} holds no whole release {identity}. Releases there: {names}.")
         if self.current() == found[0]:
             return self.answer(identity, *found)

@@ -33,6 +33,11 @@ options:
   sha256:
     description: SHA-256 of the installer, 64 hexadecimal digits. Needed for O(state=present).
     type: str
+  profile:
+    description: File that login shells read, such as C(/etc/profile.d/conda.sh), made to bring C(conda) to everyone.
+      None by default. A link of that name is replaced, not followed. V(absent) removes it when it is about this
+      installation.
+    type: path
   timeout_seconds:
     description: Seconds that the installer may run, and that the network may stay silent.
     type: int
@@ -84,6 +89,11 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
 
 MARKER = ".installer.json"
+PROFILE = """# Managed by Ansible (selfhost.lmdeploy): `conda` and `conda activate` for everyone.
+if [ -r {prefix}/etc/profile.d/conda.sh ]; then
+    . {prefix}/etc/profile.d/conda.sh
+fi
+"""
 # Content of the file beside the prefix while a first installation runs.
 FIRST = "first"
 LOCK = Path("/run/lock/selfhost-conda-installation.lock")
@@ -105,6 +115,7 @@ class Installation:
         self.prefix = Path(module.params["prefix"])
         # Beside the prefix, since the installer refuses one that is there. It tells an interrupted run.
         self.begun = self.prefix.with_name(f".{self.prefix.name}.installing")
+        self.profile = Path(module.params["profile"]) if module.params["profile"] else None
         self.timeout_seconds: int = module.params["timeout_seconds"]
 
     # -- what is there ------------------------------------------------------------------
@@ -142,24 +153,51 @@ class Installation:
         sha256 = self.module.params["sha256"].lower()
         found = self.installed()
         # One that somebody made by hand works, so it stays.
-        if found in {sha256, ""}:
-            return {"changed": False, "prefix": str(self.prefix)}
-        self.refuse_foreign(found)
-        if not self.module.check_mode:
+        is_there = found in {sha256, ""}
+        has_profile = self.has_profile()
+        if not is_there:
+            self.refuse_foreign(found)
+        if not is_there and not self.module.check_mode:
             with locked(self.timeout_seconds), self.fetched(sha256) as installer:
                 # Another run may have installed it while this one waited.
                 if self.installed() != sha256:
                     self.install(installer, sha256)
-        return {
-            "changed": True,
-            "diff": {
-                "after": f"installer {sha256}\n",
+        if not has_profile and not self.module.check_mode:
+            self.write_profile()
+        result: dict[str, Any] = {"changed": not is_there or not has_profile, "prefix": str(self.prefix)}
+        if result["changed"]:
+            result["diff"] = {
+                "after": self.described(found if is_there else sha256, has_profile=True),
                 "after_header": str(self.prefix),
-                "before": f"installer {found}\n" if found else "",
+                "before": self.described(found, has_profile=has_profile),
                 "before_header": str(self.prefix),
-            },
-            "prefix": str(self.prefix),
-        }
+            }
+        return result
+
+    def described(self, installer: str | None, *, has_profile: bool) -> str:
+        """Say in lines what is installed, for a diff."""
+        lines = [] if installer is None else [f"installer {installer or 'unknown'}"]
+        lines += [f"profile {self.profile}"] if has_profile and self.profile else []
+        return "".join(f"{line}\n" for line in lines)
+
+    def has_profile(self) -> bool:
+        """Tell whether login shells get conda from this installation, or nobody asked for that."""
+        if self.profile is None:
+            return True
+        try:
+            is_ours = self.profile.read_text(encoding="utf-8") == PROFILE.format(prefix=self.prefix)
+        except (OSError, ValueError):
+            return False
+        return is_ours and not self.profile.is_symlink()
+
+    def write_profile(self) -> None:
+        """Give conda to login shells."""
+        if self.profile is None:
+            return
+        new = self.profile.with_name(f".{self.profile.name}.new")
+        new.write_text(PROFILE.format(prefix=self.prefix), encoding="utf-8")
+        new.chmod(0o644)
+        new.replace(self.profile)
 
     def refuse_foreign(self, found: str | None) -> None:
         """Stop when the folder holds things that no installer of conda put there."""
@@ -176,15 +214,20 @@ class Installation:
     def absent(self) -> dict[str, Any]:
         """Remove conda unless it holds environments."""
         kept = self.environments()
-        result = {"changed": False, "kept": kept, "prefix": str(self.prefix)}
-        if kept or not os.path.lexists(self.prefix):
-            return result
-        if not (self.prefix / MARKER).exists():
+        if not kept and self.prefix.exists() and not (self.prefix / MARKER).exists():
             # Made by hand: whoever made it may remove it.
-            return {**result, "kept": [str(self.prefix)]}
+            kept = [str(self.prefix)]
+        result = {"changed": False, "kept": kept, "prefix": str(self.prefix)}
+        if kept:
+            return result
+        is_there = self.prefix.exists()
+        profile = self.profile if self.profile is not None and self.has_profile() else None
         if not self.module.check_mode:
-            self.remove()
-        return {**result, "changed": True}
+            if profile is not None:
+                profile.unlink()
+            if is_there:
+                self.remove()
+        return {**result, "changed": profile is not None or is_there}
 
     # -- changes ------------------------------------------------------------------------
 
@@ -319,6 +362,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "prefix": {"type": "path", "default": "/opt/miniconda3"},
+            "profile": {"type": "path"},
             "sha256": {"type": "str"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "timeout_seconds": {"type": "int", "default": 1800},

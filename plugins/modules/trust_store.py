@@ -34,7 +34,7 @@ attributes:
     description: Says whether the trust store would change.
     support: full
   diff_mode:
-    description: Shows the files before and after.
+    description: Shows the certificates' fingerprints before and after.
     support: full
 """
 
@@ -57,7 +57,10 @@ files:
   returned: always
 """
 
+import base64
+import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,12 @@ def split_certificates(text: str) -> list[str]:
 def is_trusted(certificates: list[str], bundle: str) -> bool:
     """Tell whether a bundle holds all certificates."""
     return set(certificates) <= set(split_certificates(bundle))
+
+
+def fingerprints(certificates: Iterable[str]) -> str:
+    """Return a line for each certificate: the SHA-256 that other tools show for it too."""
+    found = ("".join(text.splitlines()[1:-1]) for text in certificates)
+    return "".join(f"SHA-256 {hashlib.sha256(base64.b64decode(body)).hexdigest()}\n" for body in found)
 
 
 def read(path: Path) -> str:
@@ -113,7 +122,7 @@ def main() -> None:
     result["changed"] = before != after or not is_trusted(certificates, read(BUNDLE))
     if result["changed"]:
         title = f"{FOLDER}/{name}-*.crt"
-        result["diff"] = {"before": "".join(before.values()), "after": "".join(after.values())}
+        result["diff"] = {"before": fingerprints(before.values()), "after": fingerprints(after.values())}
         result["diff"].update(before_header=title, after_header=title)
     if result["changed"] and not module.check_mode:
         for path in before.keys() - after.keys():
