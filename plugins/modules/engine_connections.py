@@ -54,11 +54,25 @@ connections:
     api_key:
       description: Key of the engine.
       type: str
+engines:
+  description: The same engines for people, without a key.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    engine:
+      description: C(lmdeploy) or C(llama_cpp).
+      type: str
+    model:
+      description: Name of the model that it serves.
+      type: str
+    url:
+      description: As in RV(connections).
+      type: str
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import is_loopback, url
@@ -66,19 +80,26 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import is
 KEY_FILE = "api-key"
 
 
-def connections(folder: Path, address: str) -> list[dict[str, Any]]:
-    """Return a connection for each instance file of the folder, in the order of their names; none without a key."""
-    try:
-        key = (folder / KEY_FILE).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return []
+def engines(folder: Path, address: str) -> list[dict[str, str]]:
+    """Return engine, model and url of each instance file of the folder, in the order of their names."""
     found = []
     for path in sorted(folder.glob("*.json")):
         instance = json.loads(path.read_text(encoding="utf-8"))
         # The file has the address by which the host itself finds the engine.
         host = address if address and is_loopback(instance["host"]) else instance["host"]
-        found.append({"url": f"{url(host, instance['port'])}/v1", "api_key": key})
+        base = f"{url(host, instance['port'])}/v1"
+        found.append({"engine": instance["engine"], "model": instance["model_name"], "url": base})
     return found
+
+
+def learn(folder: Path, address: str) -> dict[str, list[dict[str, str]]]:
+    """Return the connections and the engines; none on a host without a key."""
+    try:
+        key = (folder / KEY_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return {"connections": [], "engines": []}
+    found = engines(folder, address)
+    return {"connections": [{"url": engine["url"], "api_key": key} for engine in found], "engines": found}
 
 
 def main() -> None:
@@ -92,14 +113,14 @@ def main() -> None:
     )
     folder = module.params["config_dir"]
     try:
-        found = connections(Path(folder), module.params["address"])
+        found = learn(Path(folder), module.params["address"])
     except (OSError, ValueError, KeyError) as fault:
         module.fail_json(msg=f"{folder} is not as the role api_server leaves it ({fault!r}): run site.yml on this host")
-    if not found and not module.check_mode:
+    if not found["engines"] and not module.check_mode:
         module.fail_json(
             msg=f"{folder} names no engine: run site.yml on this model server first, or give open_webui_connections"
         )
-    module.exit_json(changed=False, connections=found)
+    module.exit_json(changed=False, **found)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from ansible_collections.selfhost.lmdeploy.plugins.modules.engine_connections import connections
+from ansible_collections.selfhost.lmdeploy.plugins.modules.engine_connections import learn
 
 
 def left(folder: Path, **instances: tuple[str, int]) -> Path:
     """Leave a folder as the role does: a key, and a file for each instance."""
     (folder / "api-key").write_text("secret\n", encoding="utf-8")
     for name, (host, port) in instances.items():
-        (folder / f"{name}.json").write_text(json.dumps({"host": host, "port": port}), encoding="utf-8")
+        (folder / f"{name}.json").write_text(
+            json.dumps({"host": host, "port": port, "engine": "llama_cpp", "model_name": name}), encoding="utf-8"
+        )
     return folder
 
 
@@ -29,13 +31,15 @@ def left(folder: Path, **instances: tuple[str, int]) -> Path:
     ],
 )
 def test_an_engine_is_reached_where_it_listens(tmp_path: Path, listening: str, address: str, wanted: str) -> None:
-    assert connections(left(tmp_path, a=(listening, 9)), address) == [{"url": wanted, "api_key": "secret"}]
+    found = learn(left(tmp_path, a=(listening, 9)), address)
+    assert found["connections"] == [{"url": wanted, "api_key": "secret"}]
+    assert found["engines"] == [{"engine": "llama_cpp", "model": "a", "url": wanted}]
 
 
 def test_each_instance_is_a_connection_in_the_order_of_names(tmp_path: Path) -> None:
-    found = connections(left(tmp_path, b=("127.0.0.1", 2), a=("127.0.0.1", 1)), "gpu-1")
-    assert [c["url"] for c in found] == ["http://gpu-1:1/v1", "http://gpu-1:2/v1"]
+    found = learn(left(tmp_path, b=("127.0.0.1", 2), a=("127.0.0.1", 1)), "gpu-1")
+    assert [c["url"] for c in found["connections"]] == ["http://gpu-1:1/v1", "http://gpu-1:2/v1"]
 
 
 def test_a_host_without_a_key_has_no_engine(tmp_path: Path) -> None:
-    assert connections(tmp_path / "missing", "") == []
+    assert learn(tmp_path / "missing", "") == {"connections": [], "engines": []}
