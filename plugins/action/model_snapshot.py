@@ -20,8 +20,10 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_store impo
 
 MODULE = "selfhost.lmdeploy.model_snapshot"
 LOST_POLLS = 20
-# The host ends a job within five seconds of its limit, without a word.
-GRACE_SECONDS = 10
+# The host ends a job within seconds of its limit.
+GRACE_SECONDS = 30
+# What a background job adds to a module's result.
+JOB_KEYS = ("ansible_job_id", "finished", "results_file", "started", "stderr", "stderr_lines", "stdout", "stdout_lines")
 
 
 def line(progress: dict[str, Any]) -> str:
@@ -82,7 +84,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core carries no
                 status = self._ask(job, "status", folder, task_vars)
                 if status.get("finished"):
                     self._ask(job, "cleanup", folder, task_vars)
-                    return {key: value for key, value in status.items() if key not in ("started", "finished")}
+                    if "child_pid" in status:
+                        # The job didn't end, the host's watcher ended it.
+                        break
+                    return {key: value for key, value in status.items() if key not in JOB_KEYS}
                 if time.monotonic() - shown >= seconds:
                     shown = time.monotonic()
                     self._show(args, task_vars)
