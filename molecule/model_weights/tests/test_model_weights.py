@@ -15,7 +15,7 @@ LINK = f"{FOLDER}/test--tiny"
 SHARD = "model-00001-of-00002.safetensors"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKEN = "hf_letmein"
-VARIABLES: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "vars" / "main.yml").read_text())
+VARIABLES: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "converge.yml").read_text())[0]["vars"]
 VARIABLES["model_weights_environment"] = {"HF_ENDPOINT": "http://127.0.0.1:8799"}
 # Where a test has no use for the package, it fetches none.
 NO_PACKAGES: dict[str, Any] = {**VARIABLES, "model_weights_packages": []}
