@@ -455,7 +455,7 @@ class Environment:
     def call(self, command: list[Any]) -> None:
         """Run a program to its end; its last lines go into the failure."""
         words = [str(word) for word in command]
-        process = subprocess.Popen(
+        with subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -464,16 +464,16 @@ class Environment:
             cwd="/",
             start_new_session=True,
             pass_fds=[self.lock_descriptor] if self.lock_descriptor is not None else [],
-        )
-        try:
-            output, _ = process.communicate(timeout=self.deadline_seconds)
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise BuildError(f"`{' '.join(words)}` did not end within {self.deadline_seconds} s.") from error
-            raise
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=self.deadline_seconds)
+            except BaseException as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    message = f"`{' '.join(words)}` did not end within {self.deadline_seconds} s."
+                    raise BuildError(without_credentials(message)) from error
+                raise
         if process.returncode != 0:
             lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
             message = "\n".join([f"`{' '.join(words)}` failed ({process.returncode}):", *lines[-SHOWN_LINES:]])

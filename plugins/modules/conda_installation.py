@@ -303,23 +303,22 @@ class Installation:
     def run(self, installer: Path, options: list[str]) -> None:
         """Run the installer to its end; its last lines go into the failure."""
         command = ["bash", str(installer), "-b", *options, "-p", str(self.prefix)]
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd="/",
             start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=self.timeout_seconds)
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise InstallError(f"The installer did not end within {self.timeout_seconds} s.") from error
-            raise
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=self.timeout_seconds)
+            except BaseException as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise InstallError(f"The installer did not end within {self.timeout_seconds} s.") from error
+                raise
         if process.returncode != 0:
             lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
             raise InstallError("\n".join([f"The installer failed ({process.returncode}):", *lines[-SHOWN_LINES:]]))
