@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import ENGINES
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_checks import (
     CHECKS,
     as_json,
@@ -25,7 +27,9 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_checks
 )
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
     ENVIRONMENTS,
+    ERROR,
     HIDDEN,
+    NO_ENGINE,
     SECRET_NAME,
     Desired,
     Finding,
@@ -43,7 +47,6 @@ if TYPE_CHECKING:
     from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_survey import Survey
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
-ENGINES = ("lmdeploy", "llama_cpp")
 # Facts that roles set for those that run after them; nobody writes them into an inventory.
 GIVEN_BY_ROLES = frozenset({"api_server_engine_resolved", "conda_env_release_prefix", "lmdeploy_release_prefix"})
 
@@ -81,21 +84,36 @@ class Role:
         self.internal = read("vars/main.yml")
 
 
+def finding(check: str, variable: str, value: str, host: str, message: str, fix: str) -> Finding:
+    """Return an error."""
+    return Finding(check, ERROR, variable, value, host, message, fix)
+
+
 def unknown_variables(variables: Mapping[str, Any], roles: Iterable[Role], host: str) -> list[Finding]:
     """Return a finding for each variable that carries a role's prefix and that no role knows."""
-    known = set(GIVEN_BY_ROLES)
+    known: set[str] = set()
     prefixes: list[str] = []
     for role in roles:
         known |= role.options.keys() | role.defaults.keys() | role.internal.keys()
         prefixes.append(f"{role.name}_")
     found = []
     for name in sorted(variables):
-        if not name.startswith(tuple(prefixes)) or name in known:
+        if not name.startswith(tuple(prefixes)) or name in known or name in GIVEN_BY_ROLES:
             continue
-        near = get_close_matches(name, known - GIVEN_BY_ROLES, n=1, cutoff=0.8)
+        near = get_close_matches(name, known, n=1, cutoff=0.8)
         fix = f"Did you mean {near[0]}?" if near else "Take it out, or give your own variables another beginning."
         why = "No role knows this variable, so it would be ignored in silence."
-        found.append(Finding("variable_unknown", "error", name, shown(name, plain(variables[name])), host, why, fix))
+        found.append(finding("variable_unknown", name, shown(name, plain(variables[name])), host, why, fix))
+    return found
+
+
+def unknown_words(variable: str, words: Iterable[str], known: Iterable[str], host: str) -> list[Finding]:
+    """Return a finding for each word of a list that means nothing."""
+    found = []
+    for word in set(words) - set(known):
+        near = get_close_matches(word, known, n=1)
+        fix = f"Did you mean {near[0]}?" if near else "Take one of: " + ", ".join(sorted(known)) + "."
+        found.append(finding("variable_invalid", variable, word, host, "There is nothing of this name.", fix))
     return found
 
 
@@ -106,34 +124,36 @@ def checked(name: str, option: Mapping[str, Any], value: Any) -> tuple[Any, list
     return plain(outcome.validated_parameters.get(name)), list(outcome.error_messages)
 
 
-class Values:
-    """The variables of roles, computed as the roles will see them, with the faults found on the way."""
+@dataclass
+class Read:
+    """A role's variables as the role will see them, and the faults found on the way."""
+
+    found: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+class Reader:
+    """Computes the variables of roles: their defaults below, then the inventory, then their internal variables."""
 
     def __init__(self, templar: Any, task_vars: dict[str, Any], roles: Mapping[str, Role], host: str) -> None:
-        """Prepare to compute: roles' defaults below, then the inventory, then roles' internal variables."""
+        """Put together what expressions may name."""
+        self.templar = templar
         self.task_vars = task_vars
         self.host = host
+        self.secrets: set[str] = set()
         self.variables: dict[str, Any] = {}
         for role in roles.values():
             self.variables.update(role.defaults)
         self.variables.update(task_vars)
         for role in roles.values():
             self.variables.update(role.internal)
-        self.templar = templar
-        self.found: dict[str, Any] = {}
-        self.findings: list[Finding] = []
-        self.secrets: set[str] = set()
 
-    def fault(self, check: str, name: str, value: Any, message: str, fix: str) -> None:
-        """Keep a finding."""
-        desired = Desired(self.host, frozenset(), {})
-        self.findings.append(desired.fault(check, name, value, message, fix))
-
-    def read(self, role: Role) -> None:
+    def read(self, role: Role) -> Read:
         """Compute and check every variable of a role."""
+        result = Read()
         templar = self.templar.copy_with_new_env(available_variables={**self.variables, "role_path": str(role.path)})
         for name, option in role.options.items():
-            if name not in self.variables or name in self.found:
+            if name not in self.variables:
                 continue
             try:
                 value = plain(templar.template(self.variables[name]))
@@ -141,24 +161,27 @@ class Values:
                 # A default that needs what only its role knows is the role's own affair.
                 if name in self.task_vars:
                     fix = f"Correct the expression in {name}; each variable that it names must have a value."
-                    self.fault("variable_template", name, "(an expression)", str(error), fix)
+                    shown_value = "(an expression)"
+                    result.findings.append(finding("variable_template", name, shown_value, self.host, str(error), fix))
                 continue
-            self.secrets.update(secrets_in(name, value))
-            if option.get("no_log") and isinstance(value, str) and len(value) >= 4:
-                self.secrets.add(value)
-            value, messages = checked(name, option, value)
-            if not messages:
-                self.found[name] = value
-                continue
-            hidden = bool(option.get("no_log")) or SECRET_NAME.search(name)
-            why = "The value does not fit." if hidden else " ".join(messages)
-            choices = ", ".join(str(choice) for choice in option.get("choices") or [])
-            fix = (
-                f"Take one of: {choices}."
-                if choices
-                else f"Give it as {option.get('type', 'str')}; see the role's page."
-            )
-            self.fault("variable_invalid", name, HIDDEN if hidden else value, f"{why}.".replace("..", "."), fix)
+            self._judge(name, option, value, result)
+        return result
+
+    def _judge(self, name: str, option: Mapping[str, Any], value: Any, result: Read) -> None:
+        """Check one value against its spec."""
+        self.secrets.update(secrets_in(name, value))
+        hidden = bool(option.get("no_log")) or SECRET_NAME.search(name) is not None
+        if hidden and isinstance(value, str) and len(value) >= 4:
+            self.secrets.add(value)
+        value, messages = checked(name, option, value)
+        if not messages:
+            result.found[name] = value
+            return
+        why = "The value does not fit." if hidden else " ".join(messages).rstrip(".") + "."
+        choices = ", ".join(str(choice) for choice in option.get("choices") or [])
+        fix = f"Take one of: {choices}." if choices else f"Give it as {option.get('type', 'str')}; see the role's page."
+        told = HIDDEN if hidden else shown(name, value)
+        result.findings.append(finding("variable_invalid", name, told, self.host, why, fix))
 
 
 class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no types
@@ -184,86 +207,62 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
         arguments = plain(arguments)
         host = str(variables["inventory_hostname"])
         roles = {path.name: Role(path.name, self._loader) for path in sorted(ROLES.iterdir()) if path.is_dir()}
-        values = Values(self._templar, variables, roles, host)
-        desired = self._desired(arguments, values, roles)
+        reader = Reader(self._templar, variables, roles, host)
 
-        request = {**survey_request(desired), "timeout_seconds": arguments["timeout_seconds"]}
-        request["ca_pem"] = self._ca(desired)
-        survey, offset = self._survey(request, variables, values)
-        if survey is not None and not desired.engine and "api_server" in desired.roles:
-            engine = resolve_engine(desired.text("api_server_engine"), survey)
-            desired = self._with_engine(desired, engine, values, roles, offset)
-        elif survey is not None:
-            desired = self._with_engine(desired, desired.engine, values, roles, offset)
-
-        findings = unknown_variables(variables, roles.values(), host)
-        findings += self._skipped(arguments["skipped_checks"], host)
-        findings += values.findings + judge(desired, survey)
-        findings = without_secrets(findings, list(values.secrets))
+        desired, survey, findings = self._look(arguments, reader, roles)
+        findings = unknown_variables(variables, roles.values(), host) + findings + judge(desired, survey)
+        findings += unknown_words("preflight_skipped_checks", arguments["skipped_checks"], CHECKS, host)
+        findings += unknown_words("preflight_roles", arguments["roles"], roles, host)
+        findings = without_secrets(findings, list(reader.secrets))
         errors, warnings = split(findings, arguments["skipped_checks"])
 
-        findings_as_data = as_json([*errors, *warnings])
-        result.update(changed=False, engine=desired.engine)
+        data = as_json([*errors, *warnings])
+        result.update(changed=False, engine=desired.engine.replace(NO_ENGINE, ""))
         if self._task.register:
             # Who registers wants data; everyone else reads the message, and should not read it twice.
-            result["findings"] = findings_as_data
+            result["findings"] = data
         if survey is not None and desired.engine == "lmdeploy":
             result["tp"] = {instance.unit: tp_of(instance, survey) for instance in desired.instances}
-        result["warnings"] = [block(finding) for finding in warnings]
+        result["warnings"] = [block(warning) for warning in warnings]
         if arguments["report_dir"]:
-            told = {"host": host, "engine": desired.engine, "passed": not errors, "findings": findings_as_data}
-            text = json.dumps({**told, "survey": survey}, indent=2, sort_keys=True)
-            result["report"] = self._write(arguments["report_dir"], host, cleaned(text, values.secrets))
+            told = {"host": host, "engine": result["engine"], "passed": not errors, "findings": data, "survey": survey}
+            text = json.dumps(told, indent=2, sort_keys=True)
+            result["report"] = self._write(arguments["report_dir"], host, cleaned(text, reader.secrets))
         if errors:
             result.update(failed=True, msg=report(errors, host))
         return result
 
-    def _desired(self, arguments: dict[str, Any], values: Values, roles: Mapping[str, Role]) -> Desired:
-        """Return what the inventory wants, as far as it is known before the survey."""
-        wanted = frozenset(arguments["roles"])
-        for name in sorted(wanted & roles.keys()):
-            values.read(roles[name])
-        engine = str(values.found.get("api_server_engine", "")) if "api_server" in wanted else ""
-        candidates = (engine,) if engine in ENGINES else ENGINES if "api_server" in wanted else ()
-        if len(candidates) == 1:
-            wanted |= {engine}
-        before = len(values.findings)
-        for name in candidates:
-            if name in roles:
-                values.read(roles[name])
-        if len(candidates) > 1:
-            # Faults of an engine that auto may not take are none; the one it takes is read again.
-            del values.findings[before:]
-        return self._complete(
-            Desired(
-                values.host,
-                wanted,
-                dict(values.found),
-                engine if engine in ENGINES else "",
-                peers=tuple(self._peers(arguments["model_servers"], values, roles)),
-            )
-        )
+    def _look(
+        self, arguments: dict[str, Any], reader: Reader, roles: Mapping[str, Role]
+    ) -> tuple[Desired, Survey | None, list[Finding]]:
+        """Return the wish, the survey that it asks for, and the faults of values and survey.
 
-    def _with_engine(
-        self, desired: Desired, engine: str, values: Values, roles: Mapping[str, Role], offset: float
-    ) -> Desired:
-        """Return the wish with the engine that the survey decided, and the faults of that engine's variables."""
-        if engine and engine not in desired.roles and engine in roles:
-            for name in roles[engine].options:
-                values.found.pop(name, None)
-            values.read(roles[engine])
-        return self._complete(
-            Desired(
-                desired.host,
-                desired.roles | ({engine} if engine else set()),
-                dict(values.found),
-                engine,
-                peers=desired.peers,
-                clock_offset_seconds=offset,
-            )
-        )
+        With ``api_server_engine: auto`` the survey tells the engine, and only that engine's role counts.
+        """
+        named = frozenset(arguments["roles"]) & roles.keys()
+        read = {
+            name: reader.read(roles[name]) for name in [*sorted(named), *(ENGINES if "api_server" in named else ())]
+        }
+        wanted = str(read["api_server"].found.get("api_server_engine", NO_ENGINE)) if "api_server" in named else ""
+        engine = "" if wanted == "auto" else wanted
+        peers = tuple(self._peers(arguments["model_servers"], reader, read, roles))
 
-    def _complete(self, desired: Desired) -> Desired:
+        def wish(offset: float = 0.0) -> Desired:
+            taken = named | ({engine} & read.keys())
+            asked = taken if engine else read.keys()
+            values = {name: value for role in sorted(asked) for name, value in read[role].found.items()}
+            return self._with_files(Desired(reader.host, taken, values, engine, {}, None, peers, offset))
+
+        first = wish()
+        request = {**survey_request(first), "timeout_seconds": arguments["timeout_seconds"], "ca_pem": self._ca(first)}
+        survey, offset, findings = self._survey(request, reader)
+        if survey is not None and wanted == "auto":
+            engine = resolve_engine(wanted, survey)
+        desired = wish(offset)
+        # Faults of an engine that is not taken are none.
+        return desired, survey, [found for role in sorted(desired.roles) for found in read[role].findings] + findings
+
+    def _with_files(self, desired: Desired) -> Desired:
         """Return the wish with the files of the controller that belong to it: locks and the command line's facts."""
         locks: dict[str, str | None] = {}
         for environment in ENVIRONMENTS:
@@ -271,16 +270,7 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
             if environment.role in desired.roles and path:
                 locks[environment.lock_variable] = self._text(path)
         known = self._text(str(ROLES / "lmdeploy/files/cli" / f"{desired.text('lmdeploy_version') or '-'}.json"))
-        return Desired(
-            desired.host,
-            desired.roles,
-            desired.values,
-            desired.engine,
-            locks,
-            json.loads(known) if known else None,
-            desired.peers,
-            desired.clock_offset_seconds,
-        )
+        return replace(desired, locks=locks, command_line=json.loads(known) if known else None)
 
     def _text(self, path: str) -> str | None:
         """Return the text of a file on the controller, None where there is none."""
@@ -294,12 +284,16 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
         path = desired.text("mirrors_ca_file")
         return (self._text(path) or "") if path else ""
 
-    def _peers(self, model_servers: list[str], values: Values, roles: Mapping[str, Role]) -> Iterable[Peer]:
-        """Yield where the engines of other hosts listen."""
-        default = roles["api_server"].defaults.get("api_server_host", "") if "api_server" in roles else ""
+    def _peers(
+        self, model_servers: list[str], reader: Reader, read: Mapping[str, Read], roles: Mapping[str, Role]
+    ) -> Iterable[Peer]:
+        """Yield where the engines of other hosts listen, as far as a web host is to find them by itself."""
+        if "open_webui" not in read or read["open_webui"].found.get("open_webui_connections"):
+            return
+        default = roles["api_server"].defaults.get("api_server_host", "")
         for name in model_servers:
             try:
-                others = values.task_vars["hostvars"][name]
+                others = reader.task_vars["hostvars"][name]
                 plain_host = str(others.get("api_server_host", default))
                 instances = others.get("api_server_instances") or []
                 listens = [str(entry.get("host") or plain_host) for entry in instances] or [plain_host]
@@ -307,32 +301,19 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
                 continue  # that host's own preflight reports what is wrong with its variables
             yield Peer(str(name), tuple(listens))
 
-    def _survey(
-        self, request: dict[str, Any], task_vars: dict[str, Any], values: Values
-    ) -> tuple[Survey | None, float]:
+    def _survey(self, request: dict[str, Any], reader: Reader) -> tuple[Survey | None, float, list[Finding]]:
         """Return the survey and how far the host's clock is ahead; without a survey, a finding says why."""
         before = time.time()
         answer = self._execute_module(
-            module_name="selfhost.lmdeploy.host_survey", module_args=request, task_vars=task_vars
+            module_name="selfhost.lmdeploy.host_survey", module_args=request, task_vars=reader.task_vars
         )
         survey = plain(answer.get("survey"))
         if survey:
-            return survey, survey["time"] - before
+            return survey, survey["time"] - before, []
         said = " ".join(str(answer.get(key) or "") for key in ("msg", "module_stderr", "module_stdout")).split()
+        why = "The host could not be looked at: " + " ".join(said)
         fix = "The host needs Python 3.10 or later (apt install python3); ansible_python_interpreter names another one."
-        values.fault("survey", "ansible_host", values.host, "The host could not be looked at: " + " ".join(said), fix)
-        return None, 0.0
-
-    def _skipped(self, names: list[str], host: str) -> list[Finding]:
-        """Return a finding for each skipped check that does not exist."""
-        found = []
-        for name in names:
-            if name not in CHECKS:
-                near = get_close_matches(name, CHECKS, n=1)
-                fix = f"Did you mean {near[0]}?" if near else "The role's page lists the checks."
-                why = "There is no check of this name, so nothing would be skipped."
-                found.append(Finding("variable_invalid", "error", "preflight_skipped_checks", name, host, why, fix))
-        return found
+        return None, 0.0, [finding("survey", "ansible_host", reader.host, reader.host, why, fix)]
 
     def _write(self, folder: str, host: str, text: str) -> str:
         """Write the report on the controller, for its owner only, and return its path."""

@@ -16,6 +16,8 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import UN
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+# The engine of a host whose api_server_engine is no engine's name.
+NO_ENGINE = "none"
 ERROR = "error"
 WARNING = "warning"
 HIDDEN = "(hidden)"

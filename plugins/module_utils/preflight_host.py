@@ -309,8 +309,15 @@ def _is_needed(desired: Desired, survey: Survey, kind: str) -> bool:
 
 
 def check_sources(desired: Desired, survey: Survey) -> Iterator[Finding]:
-    """mirror: every place that something must still be fetched from answers."""
-    for source in sources(desired):
+    """mirror: every place that something must still be fetched from answers, and there is one for each thing."""
+    asked = sources(desired)
+    if not any(source.kind == "models" for source in asked) and not desired.text("model_weights_source_dir"):
+        for variable, model in models(desired):
+            if is_from_hub(model) and not is_fetched(desired, survey, model):
+                why = "The model is not on the host, and with mirrors_offline no hub is asked for it."
+                fix = "Name a folder with it (model_weights_source_dir) or a hub of your own (mirrors_hf_endpoint)."
+                yield desired.fault("mirror", variable, model, why, fix)
+    for source in asked:
         answer = survey["urls"].get(source.url)
         if answer is None or answer["reached"] or not _is_needed(desired, survey, source.kind):
             continue

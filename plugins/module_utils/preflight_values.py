@@ -349,12 +349,19 @@ def check_reach_of_engine(desired: Desired) -> Iterator[Finding]:
     """loopback: a web host can't reach an engine that listens on its own host only."""
     if "open_webui" not in desired.roles or desired.items("open_webui_connections"):
         return
-    for peer in desired.peers:
-        for address in peer.listens:
-            if peer.host != desired.host and LOOPBACK.fullmatch(address):
-                why = f"The engine on {peer.host} listens there only, so Open WebUI on {desired.host} can't reach it."
-                fix = f"Set api_server_host of {peer.host} to an address that {desired.host} reaches."
-                yield desired.fault("loopback", f"api_server_host of {peer.host}", address, why, fix)
+    closed = [
+        peer.host
+        for peer in desired.peers
+        if peer.host != desired.host and any(LOOPBACK.fullmatch(address) for address in peer.listens)
+    ]
+    if closed:
+        named = ", ".join(closed[:3]) + (f" and {len(closed) - 3} more" if len(closed) > 3 else "")
+        why = f"Engines there listen on their own host only, so Open WebUI on {desired.host} can't reach them."
+        fix = (
+            "Set it to the host's address in your network, with api_server_allowed_networks, or say in "
+            f"open_webui_connections which engines {desired.host} is to use."
+        )
+        yield desired.fault("loopback", f"api_server_host of {named}", "127.0.0.1", why, fix)
 
 
 def check_exposure(desired: Desired) -> Iterator[Finding]:
@@ -369,7 +376,7 @@ def check_exposure(desired: Desired) -> Iterator[Finding]:
 
 def check_model_format(desired: Desired) -> Iterator[Finding]:
     """model_format: llama.cpp reads GGUF files, LMDeploy reads folders of safetensors."""
-    if not desired.engine:
+    if desired.engine not in engine.ENGINES:
         return
     for instance in desired.instances:
         model = instance.text("model")
@@ -396,7 +403,7 @@ def _own_rules(desired: Desired) -> Iterator[str]:
         return {name.removeprefix(prefix): value for name, value in desired.values.items() if name.startswith(prefix)}
 
     try:
-        if desired.engine and desired.instances:
+        if desired.engine in engine.ENGINES and desired.instances:
             settings = {
                 "engine": desired.engine,
                 "models_dir": desired.text("api_server_models_dir"),

@@ -89,6 +89,7 @@ survey:
   sample: {"os_id": "debian", "os_version": "12", "architecture": "x86_64", "memory_bytes": 25220354048}
 """
 
+import base64
 import json
 import os
 import platform
@@ -341,7 +342,13 @@ def try_url(url: str, opener: urllib.request.OpenerDirector, timeout_seconds: fl
     if parts.scheme == "file":
         there = Path(unquote(parts.path)).exists()
         return {"reached": there, "detail": "exists" if there else "no such file on the host"}
-    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "selfhost.lmdeploy"})  # noqa: S310 http(s) by our own checks
+    headers = {"User-Agent": "selfhost.lmdeploy"}
+    user, at, place = parts.netloc.rpartition("@")
+    if at:
+        # urllib would take user and password for a part of the host's name.
+        headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
+    plain = parts._replace(netloc=place).geturl()
+    request = urllib.request.Request(plain, method="HEAD", headers=headers)  # noqa: S310 http(s) by our own checks
     try:
         with opener.open(request, timeout=timeout_seconds) as answer:
             return {"reached": True, "detail": f"HTTP {answer.status}"}

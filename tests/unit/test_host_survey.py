@@ -29,6 +29,8 @@ def server() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
+            if self.path == "/private" and self.headers["Authorization"] != "Basic YW5uOnBAc3M=":
+                self.path = "/502"
             if self.path.startswith("/never"):
                 release.wait(10)
             self.send_response(int(self.path.strip("/")) if self.path.strip("/").isdigit() else 200)
@@ -63,6 +65,12 @@ def urls(*wanted: str, **changes: Any) -> dict[str, tuple[bool, str]]:
 def test_a_live_server_is_reached_whatever_it_answers(server: str) -> None:
     found = urls(*(f"{server}/{status}" for status in (200, 301, 401, 403, 404, 405)))
     assert {reached for reached, _detail in found.values()} == {True}
+
+
+def test_user_and_password_of_an_address_are_sent(server: str) -> None:
+    private = server.replace("://", "://ann:p%40ss@") + "/private"
+    assert urls(private)[private] == (True, "HTTP 200")
+    assert not urls(f"{server}/private")[f"{server}/private"][0]
 
 
 def test_gateways_without_their_server_are_not(server: str) -> None:

@@ -122,7 +122,7 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
     ("hostile_text", wish(api_server_instances=two(model="a'b")), {"gpu": PAIR}, ["api_server_instances[two].model"]),
     ("path", wish(model_weights_dir="models"), {}, ["no absolute path"]),
     ("env_shared", wish(open_webui_env_name="lmdeploy"), {}, ["open_webui_env_name", "lmdeploy_env_name"]),
-    ("loopback", wish(_peers=(Peer("gpu1", ("127.0.0.1",)),)), {}, ["api_server_host of gpu1", "gpu1", "box"]),
+    ("loopback", wish(_peers=(Peer("gpu1", ("127.0.0.1",)),)), {}, ["api_server_host of gpu1", "Open WebUI on box"]),
     ("exposed", wish(api_server_host="0.0.0.0", api_server_allowed_networks=["any"]), {}, ["Every network"]),
     ("role_rule", wish(api_server_host="10.0.0.7"), {}, ["api_server_allowed_networks is empty", "10.0.0.0/24"]),
     ("role_rule", wish(api_server_model="/home/ann/x-1B"), {}, ["sees nothing under /home/"]),
@@ -337,6 +337,14 @@ def test_a_place_that_is_not_needed_may_be_down() -> None:
     }
     survey = host(environments=installed, urls=dict.fromkeys(("https://pypi.org/simple/",), DOWN))
     assert "mirror" not in checks(wish(), survey)
+
+
+def test_offline_a_model_must_come_from_somewhere() -> None:
+    finding = the("mirror", wish(mirrors_offline=True), host())
+    assert (finding.variable, finding.value) == ("api_server_model", "OpenGVLab/InternVL3-8B")
+    assert "model_weights_source_dir" in finding.fix
+    assert checks(wish(mirrors_offline=True, model_weights_source_dir="/media/usb"), host()) == set()
+    assert checks(wish(mirrors_offline=True, mirrors_hf_endpoint="http://hub:8000"), host()) == set()
 
 
 # What the host is asked
