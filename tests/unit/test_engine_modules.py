@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,35 +9,30 @@ from typing import Any
 import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.openai_api import ApiFault, OpenAI, probe
 from ansible_collections.selfhost.lmdeploy.plugins.modules import engine_info
+from fake_engine import FakeEngine
 
 KEY = "k" * 32
-spec = importlib.util.spec_from_file_location("fake_engine", Path(__file__).parent / "launcher/fake_engine.py")
-assert spec is not None
-assert spec.loader is not None
-fake_engine: Any = importlib.util.module_from_spec(spec)
-sys.modules.setdefault("fake_engine", fake_engine)
-spec.loader.exec_module(fake_engine)
 
 
 @pytest.fixture
-def engine() -> Iterator[Any]:
+def engine() -> Iterator[FakeEngine]:
     """An engine that answers."""
-    with fake_engine.FakeEngine(model="smol", key=KEY) as made:
+    with FakeEngine(model="smol", key=KEY) as made:
         yield made
 
 
-def ask(engine: Any, model: str = "smol", key: str = KEY, *, guarded: bool = True) -> Any:
+def ask(engine: FakeEngine, model: str = "smol", key: str = KEY, *, guarded: bool = True) -> Any:
     """Probe the engine."""
     return probe(OpenAI(f"http://127.0.0.1:{engine.port}/v1", key, 5.0), model, "?", 16, guarded=guarded)
 
 
-def test_a_probe_brings_the_answer(engine: Any) -> None:
+def test_a_probe_brings_the_answer(engine: FakeEngine) -> None:
     found = ask(engine)
     assert found.answer == "The capital of France is Paris."
     assert found.models == ["smol"]
 
 
-def test_a_probe_tells_what_is_wrong_and_never_the_key(engine: Any) -> None:
+def test_a_probe_tells_what_is_wrong_and_never_the_key(engine: FakeEngine) -> None:
     with pytest.raises(ApiFault, match="has no 'big', only smol"):
         ask(engine, model="big")
     with pytest.raises(ApiFault, match="401 instead of 200"):
@@ -50,7 +43,7 @@ def test_a_probe_tells_what_is_wrong_and_never_the_key(engine: Any) -> None:
     assert KEY not in str(caught.value)
 
 
-def test_an_engine_that_lets_everybody_in_is_a_fault(engine: Any) -> None:
+def test_an_engine_that_lets_everybody_in_is_a_fault(engine: FakeEngine) -> None:
     engine.guarded = False
     with pytest.raises(ApiFault, match="answers 200 without a key instead of 401"):
         ask(engine)

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine, wait_until
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "roles/api_server/files/launcher/api_server_launcher.py"
-FAKES = Path(__file__).parent / "fakes"
+STANDINS = ROOT / "tests/standins/engines"
 KEY = "k" * 32
 
 spec = importlib.util.spec_from_file_location("api_server_launcher", LAUNCHER)
@@ -283,7 +283,7 @@ class Unit:
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Start the launcher."""
         self.write()
-        known = {"PATH": os.environ["PATH"], "PYTHONPATH": str(FAKES), "PYTHONDONTWRITEBYTECODE": "1"}
+        known = {"PATH": os.environ["PATH"], "PYTHONPATH": str(STANDINS), "PYTHONDONTWRITEBYTECODE": "1"}
         known["CREDENTIALS_DIRECTORY"] = str(self.folder)
         if self.manager:
             known["NOTIFY_SOCKET"] = str(self.manager.path)

@@ -1,5 +1,7 @@
 """The part for `serve api_server`, with the kinds of flags that LMDeploy has."""
 
+import argparse
+import importlib
 import json
 import os
 import sys
@@ -35,12 +37,12 @@ class SubCliServe:
         parser.add_argument("--api-keys", nargs="*")
 
     @staticmethod
-    def api_server(args: object) -> None:
+    def api_server(args: argparse.Namespace) -> None:
         """Load for as long as the test says, then serve or die."""
-        import uvicorn
-
         time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
         if os.environ.get("FAKE_DIES"):
             raise RuntimeError("CUDA out of memory")
         print(json.dumps({"given": vars(args) | {"run": ""}, "argv": sys.argv}), flush=True)
-        uvicorn.run(host=args.server_name, port=args.server_port, model=args.model_name, keys=args.api_keys)
+        importlib.import_module("uvicorn").run(
+            host=args.server_name, port=args.server_port, model=args.model_name, keys=args.api_keys
+        )

@@ -5,7 +5,7 @@ import sys
 import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "unit"))
 from fake_engine import FakeEngine
 
 

@@ -5,6 +5,7 @@ class Part:
     """A group of parameters."""
 
     __slots__ = ("path",)
+    path: str
 
 
 class CommonParams:
