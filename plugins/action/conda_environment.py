@@ -20,7 +20,7 @@ MODULE = "selfhost.lmdeploy.conda_environment"
 LOCKS = ("lock", "uv_lock")
 
 
-class ActionModule(ActionBase):  # type: ignore[misc]
+class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no types
     """Compute the release's id from the lock; transfer the lock when the host lacks that release."""
 
     TRANSFERS_FILES = True

@@ -33,7 +33,7 @@ def company(host: Any, tmp_path: Path) -> Iterator[str]:
         host.run_expect([0], MAKE)
         host.run_expect([0], f"cat > {FOLDER}/serve.py <<'E'\n{SERVE}E")
     host.run("systemctl stop company.service")
-    host.run_expect([0], f"systemd-run --unit company --working-directory /var/empty python3 {FOLDER}/serve.py")
+    host.run_expect([0], f"systemd-run --collect --unit company --working-directory /srv python3 {FOLDER}/serve.py")
     host.run_expect([0], "timeout 20 sh -c 'until ss -ltn | grep -q 127.0.0.1:8443; do sleep 0.2; done'")
     certificate = tmp_path / "company.pem"
     certificate.write_text(f"# Two lines of text\n{host.file(f'{FOLDER}/ca.crt').content_string}")
@@ -51,10 +51,6 @@ def test_a_company_server_is_trusted_while_the_variable_says_so(
     assert host.run(TRUSTED).rc == 1
     assert play("mirrors", mirrors_ca_file=company).changed() == 1
     assert host.run(TRUSTED).rc == 0
-    assert (
-        host.run(f"curl --version && curl --fail https://localhost:8443/ || command -v curl && exit 1 || {TRUSTED}").rc
-        == 0
-    )
     assert play("mirrors", mirrors_ca_file=company).changed() == 0
     assert play("mirrors", mirrors_ca_file="").changed() == 1
     assert "certificate verify failed" in host.run(TRUSTED).stderr
