@@ -49,6 +49,11 @@ from ansible.plugins.callback import CallbackBase
 MAX_HOSTS_SHOWN = 5
 
 
+def short_name(task: Any) -> str:
+    """Return a task's name without this collection's, which would stand before every role's."""
+    return str(task.get_name()).strip().removeprefix("selfhost.lmdeploy.")
+
+
 def waiting_line(task: str, elapsed: float, running: list[str], done: int) -> str:
     """Return the line for a task that has run ``elapsed`` seconds: who still works, how many hosts are ready."""
     shown = ", ".join(running[:MAX_HOSTS_SHOWN])
@@ -101,7 +106,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # ansible-core carrie
         """A host began a task."""
         uuid = task._uuid
         with self._lock:
-            self._tasks.setdefault(uuid, (task.get_name().strip(), time.monotonic()))
+            self._tasks.setdefault(uuid, (short_name(task), time.monotonic()))
             self._running.setdefault(uuid, {})[host.get_name()] = time.monotonic()
 
     def v2_runner_on_ok(self, result: Any) -> None:
@@ -143,7 +148,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # ansible-core carrie
             else:
                 self._skipped += 1
             if began is not None and ran:
-                name = task.get_name().strip()
+                name = short_name(task)
                 self._durations[name] = max(self._durations.get(name, 0.0), now - began)
             if not hosts:
                 self._running.pop(task._uuid, None)
