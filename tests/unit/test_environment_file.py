@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 # Surrogates are no text, NUL is refused; every other character is fair.
-VALUES = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
+VALUES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 
 
 def systemd_reads(content: str) -> dict[str, str]:  # noqa: C901 - one state machine, read best beside its source
