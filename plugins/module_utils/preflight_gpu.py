@@ -343,7 +343,8 @@ def check_cpu_memory(desired: Desired, survey: Survey) -> Iterator[Finding]:
     room = survey["memory_free_bytes"] + own
     for instance in desired.instances:
         size = size_of(desired, instance, survey)
-        if size is None:
+        # What is no GGUF file is reported as model_format.
+        if size is None or not instance.text("model").lower().endswith(".gguf"):
             continue
         need = size.weight_bytes + LLAMA_CPP_BYTES
         if need > room:

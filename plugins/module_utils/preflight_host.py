@@ -37,6 +37,12 @@ ENVIRONMENT_BYTES = {"lmdeploy": 10 * GB, "llama_cpp": GB // 2, "open_webui": 8 
 # Beside the weights there are tokenizer, code and what a download holds twice for a moment.
 MODEL_ROOM = 1.1
 
+FETCHED = {
+    "packages": "Python packages come",
+    "python": "Python comes",
+    "conda": "Miniconda comes",
+    "models": "Models come",
+}
 OFFICIAL_INDEX = "https://pypi.org/simple/"
 OFFICIAL_CHANNELS = "https://conda.anaconda.org"
 OFFICIAL_HUB = "https://huggingface.co"
@@ -321,7 +327,7 @@ def check_sources(desired: Desired, survey: Survey) -> Iterator[Finding]:
         answer = survey["urls"].get(source.url)
         if answer is None or answer["reached"] or not _is_needed(desired, survey, source.kind):
             continue
-        why = f"The host can't reach it: {answer['detail']}. It is where {source.kind} come from."
+        why = f"The host can't reach it: {answer['detail']}. {FETCHED[source.kind]} from there."
         fix = f"Set {source.variable} to a mirror that the host reaches"
         if "certificate" in answer["detail"].lower():
             fix = "Set mirrors_ca_file to the certificate (PEM) of the authority that signs here"

@@ -378,6 +378,8 @@ def check_model_format(desired: Desired) -> Iterator[Finding]:
     """model_format: llama.cpp reads GGUF files, LMDeploy reads folders of safetensors."""
     if desired.engine not in engine.ENGINES:
         return
+    is_auto = desired.text("api_server_engine") == "auto"
+    chosen = "No NVIDIA card was found, so auto takes llama.cpp" if is_auto else "The engine is llama.cpp"
     for instance in desired.instances:
         model = instance.text("model")
         is_gguf = model.lower().endswith(".gguf")
@@ -386,7 +388,7 @@ def check_model_format(desired: Desired) -> Iterator[Finding]:
         why = (
             "It is a GGUF file, which llama.cpp reads and LMDeploy does not."
             if is_gguf
-            else "The engine here is llama.cpp, which reads GGUF files; this is none."
+            else f"{chosen}, which reads GGUF files; this is none."
         )
         fix = (
             "Name a model in safetensors form, or set api_server_engine to llama_cpp."

@@ -64,7 +64,7 @@ options:
     type: str
     default: ''
   timeout_seconds:
-    description: Seconds that all O(urls) together, and that nvidia-smi, may take.
+    description: Seconds that all O(urls) together may take.
     type: float
     default: 4.0
 attributes:
@@ -116,6 +116,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NVIDIA_SMI = ("/usr/bin/nvidia-smi", "/usr/local/nvidia/bin/nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")
+# Eight cards without persistence mode take their time to wake.
+NVIDIA_SMI_SECONDS = 30.0
 PCI_NVIDIA = "0x10de"
 PCI_DISPLAY = "0x03"
 # A config.json is a few KiB; what is larger is something else.
@@ -407,7 +409,7 @@ def survey(parameters: dict[str, Any]) -> facts.Survey:
         "memory_free_bytes": memory.get("MemAvailable", 0),
         "shm_bytes": shm.f_blocks * shm.f_frsize if shm else 0,
         "wsl": survey_wsl(),
-        "gpu": survey_gpus(seconds),
+        "gpu": survey_gpus(NVIDIA_SMI_SECONDS),
         "paths": {path: survey_path(path, mounts) for path in parameters["paths"]},
         "listeners": survey_listeners(parameters["ports"]),
         "models": {path: survey_model(path) for path in parameters["models"]},

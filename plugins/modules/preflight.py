@@ -30,7 +30,61 @@ options:
     elements: str
     default: []
   skipped_checks:
-    description: Identifiers of checks whose findings don't count.
+    description:
+      - Identifiers of checks whose findings don't count.
+      - "C(admin_password): a given administrator's password has at least 12 characters."
+      - "C(api_key): a given key has at least 32 characters."
+      - "C(architecture): engine and installer exist for the host's processor."
+      - "C(chat_template): the chat template is one that the wanted LMDeploy knows."
+      - "C(clock): the host's clock agrees with the controller's."
+      - "C(compute_capability): the wheels carry code for the cards."
+      - "C(data_dir): data and models lie outside of conda's folder, the database on a local disk."
+      - "C(disk): there is room for what is not there yet."
+      - "C(engine_unknown): warning: nothing is known about this LMDeploy's command line."
+      - "C(env_shared): each program has a conda environment of its own."
+      - "C(exposed): warning: an engine is open to every network."
+      - "C(flag): extra arguments are known to the wanted LMDeploy and not set by a variable."
+      - "C(gpu_busy): warning: others compute on the engine's cards."
+      - "C(gpu_driver): NVIDIA's driver answers and is new enough for the wheels."
+      - "C(gpu_index): the cards that an instance names exist."
+      - "C(gpu_missing): a host of LMDeploy has an NVIDIA card."
+      - "C(gpu_mixed): warning: one engine runs on unequal cards."
+      - "C(gpu_topology): warning: one engine's cards talk across processors."
+      - "C(hostile_text): names, paths and addresses hold nothing that means more in a unit or an environment file."
+      - "C(instance_name): names of instances are plain and stand once."
+      - "C(libc): the host's glibc is new enough for LMDeploy's wheels."
+      - "C(lock): the lock exists, pins the wanted version and has a hash for every requirement."
+      - "C(loopback): a web host can reach the engines of other hosts."
+      - "C(memory): the model and one whole session fit into the cards' memory, or into the host's on the CPU."
+      - "C(memory_host): warning: loading the model wants more memory than the host has."
+      - "C(mig): the engine's cards are not cut into slices."
+      - "C(mirror): every place that something must still be fetched from answers."
+      - "C(model_format): llama.cpp gets a GGUF file, LMDeploy none."
+      - "C(os): the operating system is one that the roles are tested on."
+      - "C(path): paths are absolute."
+      - "C(port_clash): no two of our services want one port."
+      - "C(port_held): nobody else listens on our ports."
+      - "C(port_privileged): ports are not among those that are root's."
+      - "C(port_range): a port is a number from 1 to 65535."
+      - "C(privilege): the tasks run as root."
+      - "C(reasoning_parser): the reasoning parser is one that the wanted LMDeploy knows."
+      - "C(role_rule): what a role itself would refuse later."
+      - "C(sha256): a SHA-256 is 64 hexadecimal digits."
+      - "C(shm): shared memory is 1 GiB or more where an engine runs on several cards."
+      - "C(survey): the host could be looked at."
+      - "C(systemd): systemd runs the host."
+      - "C(tool_call_parser): the tool call parser is one that the wanted LMDeploy knows."
+      - "C(tp_form): tp is auto or a power of two."
+      - "C(tp_gpus): tp is not above the number of cards."
+      - "C(tp_heads): the model's attention can be split over tp cards."
+      - "C(url): an address has a scheme and a host."
+      - "C(variable_invalid): each value fits the type and the choices in its role's argument spec."
+      - "C(variable_template): each value can be computed."
+      - "C(variable_unknown): each variable with a prefix of ours exists."
+      - "C(version_floor): no release below the security floor."
+      - "C(wsl_driver): no Linux driver is installed inside WSL."
+      - "C(wsl_models): on WSL the models lie on the Linux disk."
+      - "C(wsl_tp): warning: one engine on several cards under WSL."
     type: list
     elements: str
     default: []
@@ -39,7 +93,7 @@ options:
     type: str
     default: ''
   timeout_seconds:
-    description: Seconds that mirrors and nvidia-smi may take to answer.
+    description: Seconds that mirrors may take to answer, all together.
     type: float
     default: 4.0
 attributes:

@@ -11,10 +11,13 @@ from unittest.mock import MagicMock
 
 import preflight_hosts as hosts
 import pytest
+import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 from ansible_collections.selfhost.lmdeploy.plugins.action import preflight
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_checks import CHECKS
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_host import OFFICIAL_INDEX
+from ansible_collections.selfhost.lmdeploy.plugins.modules import preflight as preflight_page
 
 ENGINE = ["mirrors", "miniconda", "conda_env", "model_weights", "api_server"]
 WEB = ["mirrors", "miniconda", "conda_env", "open_webui"]
@@ -197,6 +200,12 @@ def test_the_seeds_template_is_refused_with_what_is_known() -> None:
     known = json.loads((hosts.CHECKOUT / "roles/lmdeploy/files/cli/0.18.0.json").read_text())["chat_templates"]
     assert all(name in run.findings[0]["message"] for name in known)
     assert "Leave api_server_chat_template empty" in run.findings[0]["fix"]
+
+
+def test_the_modules_page_lists_every_check() -> None:
+    options = yaml.safe_load(preflight_page.DOCUMENTATION)["options"]
+    listed = options["skipped_checks"]["description"][1:]
+    assert listed == [f"C({name}): {text}." for name, text in CHECKS.items()]
 
 
 def facts_set_by_roles() -> set[str]:
