@@ -20,10 +20,12 @@ BIN = Path(sys.executable).parent
 PLUGIN_KINDS = {"callback": "callback", "filter": "filter", "lookup": "lookup", "modules": "module", "test": "test"}
 
 
-def run(*command: str, expected: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run a tool of this environment in the checkout; its output is the message where the exit status is another."""
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "NO_COLOR": "1", "ANSIBLE_NOCOLOR": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def run(
+    *command: str, expected: int | None = 0, folder: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a tool of this environment; its output is the message where the exit status is another than expected."""
+    everything = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "NO_COLOR": "1", **environment}
+    done = subprocess.run(command, cwd=folder, env=everything, capture_output=True, text=True, check=False)
     assert expected is None or done.returncode == expected, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -42,20 +44,28 @@ def test_settings_are_current() -> None:
     assert "[DEPRECATION" not in done.stdout + done.stderr, done.stderr
 
 
-def test_collection_builds_without_the_checkout_around_it(tmp_path: Path) -> None:
-    """The archive holds roles, plugins and playbooks, and nothing of tests, labs or the link back to the checkout."""
+def test_built_collection_runs_outside_the_checkout(tmp_path: Path) -> None:
+    """The archive holds nothing of tests or labs, and its playbooks and roles are found by their full names."""
     run("ansible-galaxy", "collection", "build", "--output-path", str(tmp_path))
     (archive,) = tmp_path.glob("selfhost-lmdeploy-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = tar.getnames()
-    tops = {name.split("/")[0] for name in names}
-    assert {"roles", "plugins", "playbooks", "meta", "inventories"} <= tops
-    foreign = {
-        name
-        for name in names
-        if name.startswith((".", "tests", "molecule", "script", "requirements/", "inventories/lab"))
-    }
-    assert not foreign
+    foreign = (".", "tests", "molecule", "script", "requirements/", "inventories/lab", "ansible.cfg")
+    assert not [name for name in names if name.startswith(foreign)]
+    # Away from the checkout and its settings, so that nothing of it is found by chance.
+    outside = {"ANSIBLE_COLLECTIONS_PATH": str(tmp_path), "ANSIBLE_CONFIG": str(tmp_path / "none.cfg")}
+    install = (
+        "ansible-galaxy",
+        "collection",
+        "install",
+        "--offline",
+        "--collections-path",
+        str(tmp_path),
+        str(archive),
+    )
+    run(*install, folder=tmp_path, **outside)
+    inventory = str(ROOT / "inventories/single-gpu")
+    run("ansible-playbook", "--syntax-check", "-i", inventory, "selfhost.lmdeploy.site", folder=tmp_path, **outside)
 
 
 @pytest.mark.parametrize("kind", sorted(PLUGIN_KINDS))
