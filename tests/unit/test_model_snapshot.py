@@ -45,9 +45,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 def have(path: Path, *, check: bool = False, **changes: Any) -> dict[str, Any]:
     """Run the module as Ansible would and return its result."""
     item = {"id": "test/tiny", "revision": "", "allow_patterns": [], "ignore_patterns": model_snapshot.DEFAULT_IGNORE}
+    models = changes.pop("models", [changes.pop("model", {})])
     params = {
         "path": str(path),
-        "models": [{**item, **changes.pop("model", {})}],
+        "models": [{**item, **model} for model in models],
         "hub": "huggingface",
         "token": "",
         "source_dir": "",
@@ -56,6 +57,7 @@ def have(path: Path, *, check: bool = False, **changes: Any) -> dict[str, Any]:
         "workers": 2,
         "reserve_gib": 0,
         "fetch": True,
+        "keep_snapshots": 2,
         **changes,
     }
     module: Any = SimpleNamespace(params=params, check_mode=check)
@@ -152,6 +154,7 @@ def test_a_broken_hub_ends_with_its_answer_and_the_ways_out(hub: Any, tmp_path: 
         ({"model": {"id": "test/none"}}, "has no model 'test/none'"),
         ({"model": {"id": "test/gated"}}, "behind a licence.*model_weights_token"),
         ({"model": {"id": "tiny"}}, "id is 'tiny'"),
+        ({"models": [{"id": "test/tiny"}, {"id": "test/tiny", "revision": "v1"}]}, "test/tiny is listed twice"),
         ({"model": {"allow_patterns": ["*.zip"]}}, "leave none"),
         ({"model": {"ignore_patterns": [SHARDS[0]]}}, f"incomplete: its index names {SHARDS[0]}"),
         ({"reserve_gib": 1 << 30}, "No room for test/tiny: .* are to be fetched"),
@@ -180,6 +183,19 @@ def test_another_revision_shares_what_is_the_same_and_the_way_back_needs_no_hub(
     assert have(tmp_path, model={"revision": new.name})["changed"]
     assert not hub.log
     assert (tmp_path / "test--tiny").resolve() == new
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, 1), (2, 2), (3, 3)])
+def test_old_snapshots_and_leftovers_go_but_never_the_current_one(
+    hub: Any, tmp_path: Path, keep: int, left: int
+) -> None:
+    for model in ({"revision": "v1"}, {"ignore_patterns": []}, {"revision": "main"}):
+        have(tmp_path, model=model, keep_snapshots=keep)
+        (tmp_path / ".store" / "test--tiny" / "cut.partial").mkdir()
+    have(tmp_path, model={"revision": "v1", "ignore_patterns": []}, keep_snapshots=keep)
+    places = list((tmp_path / ".store" / "test--tiny").iterdir())
+    assert len(places) == left
+    assert (tmp_path / "test--tiny").resolve() in places
 
 
 def test_other_patterns_are_another_snapshot(hub: Any, tmp_path: Path) -> None:
