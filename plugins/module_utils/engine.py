@@ -234,7 +234,10 @@ def engine_instances(
     for given in instances or [{}]:
         name = str(given.get("name", ""))
         prefix = f"api_server_instances[{name}]." if name else "api_server_"
-        instance = {**plain, **given, "engine": settings["engine"], "variable_prefix": prefix}
+        # The plain name is that of the plain model.
+        inherited = {**plain, "model_name": ""} if given.get("model") else plain
+        own = {key: value for key, value in given.items() if value is not None}
+        instance = {**inherited, **own, "engine": settings["engine"], "variable_prefix": prefix}
         instance["instance"] = f"{UNIT}-{name}" if name else UNIT
         try:
             path = model_path(instance["model"], settings["models_dir"])

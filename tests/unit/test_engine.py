@@ -134,6 +134,14 @@ def test_named_instances_take_from_the_plain_variables_what_they_do_not_say() ->
     assert second["launcher"]["variables"]["--tp"] == "api_server_instances[text].tp"
 
 
+def test_a_plain_model_name_stays_with_the_plain_model() -> None:
+    first, second = instances(
+        {"name": "a", "backend": None}, {"name": "b", "port": 1, "model": "x/other"}, model_name="mine"
+    )
+    assert (first["model_name"], second["model_name"]) == ("mine", "other")
+    assert first["backend"] == "turbomind"
+
+
 def test_two_instances_on_one_port_are_refused() -> None:
     (fault,) = faults({"name": "a"}, {"name": "b"})
     assert "api_server_instances[a].port and api_server_instances[b].port are both 23333" in fault

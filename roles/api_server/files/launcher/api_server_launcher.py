@@ -353,6 +353,11 @@ def error_entry(variable: str, value: str, message: str, known: list[str] | None
     return {"variable": variable, "value": value, "message": message, "known": known or []}
 
 
+def one_line(errors: list[dict[str, Any]]) -> str:
+    """Return findings for the journal."""
+    return "; ".join(f"{error['variable']} is '{error['value']}': {error['message']}" for error in errors)
+
+
 class ParserRefusal(Exception):
     """LMDeploy's parser would have ended the process."""
 
@@ -413,9 +418,10 @@ def parse_all(instance: Instance) -> tuple[argparse.Namespace | None, list[dict[
             for flag in found:
                 near = difflib.get_close_matches(flag, flags, n=3, cutoff=0.5)
                 arguments, value = without(arguments, flag) if flag else ([], unknown[1])
-                hint = f"; did you mean {' or '.join(near)}?" if near else ""
-                text = f"the installed LMDeploy does not know {flag or value}{hint}"
-                errors.append(error_entry(instance.variable(flag), f"{flag} {value}".strip(), text, sorted(flags)))
+                text = f"the installed LMDeploy does not know {flag or value}"
+                errors.append(
+                    error_entry(instance.variable(flag), f"{flag} {value}".strip(), text, near or sorted(flags))
+                )
         elif wrong:
             flag = next(name for name in wrong.groups() if name)
             known = [str(choice) for choice in (flags[flag].choices or ())] if flag in flags else sorted(flags)
@@ -489,7 +495,7 @@ def run_lmdeploy(instance: Instance, key: str, stopping: Callable[[], None]) -> 
     """Serve with LMDeploy's own command line, in this process."""
     options, errors = check_lmdeploy(instance)
     if errors or options is None:
-        raise Refused("; ".join(f"{error['variable']}: {error['value']}: {error['message']}" for error in errors))
+        raise Refused(one_line(errors))
     refuse_surprises(instance, options)
     uvicorn: Any = importlib.import_module("uvicorn")
     end = uvicorn.Server.handle_exit
@@ -519,9 +525,8 @@ def llama_parameters(instance: Instance) -> tuple[Any, list[dict[str, Any]]]:
         if not hasattr(holder, last):
             known = [name for name in dir(parameters) if not name.startswith("_")]
             near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            message = f"the installed llama.cpp has no parameter {path}{hint}"
-            errors.append(error_entry(instance.variable(path), argument, message, known))
+            message = f"the installed llama.cpp has no parameter {path}"
+            errors.append(error_entry(instance.variable(path), argument, message, near or known))
             continue
         value: Any = text
         with contextlib.suppress(ValueError):
@@ -569,7 +574,7 @@ def run_llama_cpp(instance: Instance, key: str, stopping: Callable[[], None]) ->
     """Serve with llama.cpp's own HTTP server, in this process."""
     parameters, errors = llama_parameters(instance)
     if errors:
-        raise Refused("; ".join(f"{error['variable']}: {error['value']}: {error['message']}" for error in errors))
+        raise Refused(one_line(errors))
     parameters.api_keys = [key]
     parameters.model_alias = {instance.model_name}
     server = importlib.import_module("xllamacpp").Server(parameters)

@@ -1,4 +1,4 @@
-"""The chat templates."""
+"""The chat templates that the stand-in for LMDeploy knows."""
 
 from typing import ClassVar
 

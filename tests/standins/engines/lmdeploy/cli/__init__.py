@@ -1,4 +1,4 @@
-"""LMDeploy's way in."""
+"""The way into the stand-in, as into LMDeploy: lmdeploy.cli.run()."""
 
 from .entrypoint import run
 

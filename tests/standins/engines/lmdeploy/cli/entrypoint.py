@@ -1,4 +1,4 @@
-"""What `lmdeploy` calls."""
+"""What the command lmdeploy calls: parse, then run what was asked for."""
 
 from .cli import CLI
 from .serve import SubCliServe

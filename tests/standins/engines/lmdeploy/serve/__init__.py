@@ -1,1 +1,1 @@
-"""The HTTP side."""
+"""The HTTP side of the stand-in for LMDeploy; only its parsers are here."""

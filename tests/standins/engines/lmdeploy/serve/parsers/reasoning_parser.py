@@ -1,4 +1,4 @@
-"""Parsers of reasoning."""
+"""The names of reasoning parsers that the stand-in for LMDeploy knows."""
 
 from typing import ClassVar
 
