@@ -189,7 +189,8 @@ def test_another_revision_shares_what_is_the_same_and_the_way_back_needs_no_hub(
 def test_old_snapshots_and_leftovers_go_but_never_the_current_one(
     hub: Any, tmp_path: Path, keep: int, left: int
 ) -> None:
-    for model in ({"revision": "v1"}, {"ignore_patterns": []}, {"revision": "main"}):
+    models: list[dict[str, Any]] = [{"revision": "v1"}, {"ignore_patterns": []}, {"revision": "main"}]
+    for model in models:
         have(tmp_path, model=model, keep_snapshots=keep)
         (tmp_path / ".store" / "test--tiny" / "cut.partial").mkdir()
     have(tmp_path, model={"revision": "v1", "ignore_patterns": []}, keep_snapshots=keep)
