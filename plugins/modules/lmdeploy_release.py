@@ -57,6 +57,10 @@ current:
   description: Whether O(link) points to O(prefix).
   type: bool
   returned: success
+built:
+  description: Whether the release is there; check mode may look at one that is still to be built.
+  type: bool
+  returned: success
 libraries:
   description: Path of each CUDA library that TurboMind loads; empty where check mode looked at a release to be built.
   type: dict
@@ -152,6 +156,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     return {
         "changed": not proven,
         "current": link.exists() and link.resolve() == prefix.resolve(),
+        "built": prefix.is_dir(),
         "libraries": kept.get("libraries", {}),
         "driver": kept.get("driver", False),
     }
