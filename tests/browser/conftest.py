@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ARTIFACTS = CHECKOUT / "artifacts" / "browser"
+# For a busy machine; everything goes on as soon as it is there.
 TIMEOUT_MS = 60_000
+expect.set_options(timeout=TIMEOUT_MS)
 # Quiet: no updates, no sync, no calls to its maker. A container's root can't have Chromium's own sandbox.
 CHROMIUM = [
     "--no-sandbox",

@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 if TYPE_CHECKING:
     from conftest import Account, Ui
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Which city is the capital of France?"
 ANSWER_TIMEOUT_MS = 120_000
 
 
