@@ -309,6 +309,7 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
         )
         survey = plain(answer.get("survey"))
         if survey:
+            survey["urls"] = dict(zip(request["urls"], survey["urls"], strict=True))
             return survey, survey["time"] - before, []
         said = " ".join(str(answer.get(key) or "") for key in ("msg", "module_stderr", "module_stdout")).split()
         why = "The host could not be looked at: " + " ".join(said)

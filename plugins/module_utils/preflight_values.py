@@ -427,13 +427,21 @@ def _own_rules(desired: Desired) -> Iterator[str]:
 
 def check_rules_of_roles(desired: Desired, found: list[Finding]) -> Iterator[Finding]:
     """role_rule: whatever a role would refuse by itself, after others had changed the host."""
+    blamed = {finding.variable for finding in found}
+    values = dict(desired.values)
+    for instance in desired.instances:
+        for name in [name for name in desired.values if name.startswith("api_server_")]:
+            key = name.removeprefix("api_server_")
+            # The role names a setting by its instance, also where the plain variable gives it.
+            values[f"{instance.entry}.{key}"] = instance.get(key)
+            blamed |= {f"{instance.entry}.{key}"} if name in blamed else set()
     for sentence in _own_rules(desired):
-        if any(finding.variable in sentence for finding in found):
+        if any(variable in sentence for variable in blamed):
             continue
         variable = re.split(r"[ :]", sentence, maxsplit=1)[0]
         why, _, fix = sentence.partition(": ")
         fix = fix or f"correct {variable}"
-        value = desired.values.get(variable, "(see below)")
+        value = values.get(variable, "(set)")
         yield desired.fault("role_rule", variable, value, f"{why}.", f"{fix[0].upper()}{fix[1:]}.")
 
 

@@ -83,7 +83,9 @@ EXAMPLES = r"""
 
 RETURN = r"""
 survey:
-  description: The findings; see C(Survey) in C(plugins/module_utils/preflight_survey.py) for every field and its unit.
+  description:
+    - The findings; see C(Survey) in C(plugins/module_utils/preflight_survey.py) for every field and its unit.
+    - C(urls) is a list in the order of O(urls), so that passwords in addresses are not repeated.
   returned: always
   type: dict
   sample: {"os_id": "debian", "os_version": "12", "architecture": "x86_64", "memory_bytes": 25220354048}
@@ -365,24 +367,27 @@ def try_url(url: str, opener: urllib.request.OpenerDirector, timeout_seconds: fl
 
 def survey_urls(
     urls: Iterable[str], proxies: dict[str, str], ca_pem: str, timeout_seconds: float
-) -> dict[str, facts.UrlFacts]:
-    """Try all addresses at once, through the proxies given, else those of the host's own environment."""
+) -> list[facts.UrlFacts]:
+    """Try all addresses at once, through the proxies given, else those of the host's own environment.
+
+    The answers come in the order of the addresses, which may hold passwords and so are not repeated in the result.
+    """
     os.environ.update({name: value for name, value in proxies.items() if value})
     context = ssl.create_default_context()
     if ca_pem:
         context.load_verify_locations(cadata=ca_pem)
     opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
-    wanted = sorted(set(urls))
+    wanted = list(urls)
     found = in_parallel(
         {url: partial(try_url, url, opener, timeout_seconds) for url in wanted},
         timeout_seconds + 0.5,
     )
     late: facts.UrlFacts = {"reached": False, "detail": f"no answer within {timeout_seconds:g} s"}
-    return {url: found.get(url, late) for url in wanted}
+    return [found.get(url, late) for url in wanted]
 
 
-def survey(parameters: dict[str, Any]) -> facts.Survey:
-    """Return everything that the parameters ask for."""
+def survey(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that the parameters ask for: a Survey, but for the addresses' answers, which are a list."""
     system = facts.parse_os_release(read("/etc/os-release"))
     memory = facts.parse_meminfo(read("/proc/meminfo"))
     mounts = read("/proc/mounts")
@@ -438,9 +443,10 @@ def main() -> None:
                 },
             },
             "units": {"type": "list", "elements": "str", "default": []},
-            "urls": {"type": "list", "elements": "str", "default": []},
-            "proxies": {"type": "dict", "default": {}},
-            "ca_pem": {"type": "str", "default": ""},
+            # Addresses may hold passwords, and modules are logged on the host with what they were called with.
+            "urls": {"type": "list", "elements": "str", "default": [], "no_log": True},
+            "proxies": {"type": "dict", "default": {}, "no_log": True},
+            "ca_pem": {"type": "str", "default": "", "no_log": True},
             "timeout_seconds": {"type": "float", "default": 4.0},
         },
         supports_check_mode=True,

@@ -56,7 +56,10 @@ class Run:
         def execute(module_name: str, module_args: dict[str, Any], **_rest: Any) -> Any:
             assert module_name == "selfhost.lmdeploy.host_survey"
             self.asked = module_args
-            return survey if "failed" in survey else {"survey": survey}
+            if "failed" in survey:
+                return survey
+            silent = {"reached": True, "detail": ""}
+            return {"survey": {**survey, "urls": [survey["urls"].get(url, silent) for url in module_args["urls"]]}}
 
         return execute
 
