@@ -385,7 +385,7 @@ def test_a_good_instance_passes_without_a_gpu(unit: Unit) -> None:
 
 def test_all_that_the_installed_version_does_not_know_is_found_at_once(unit: Unit) -> None:
     unit.extra = ["--chat-template", "internvl2_5", "--tool-call-parser", "qwen9", "--sesion-len", "99"]
-    unit.extra += ["--device", "tpu", "--no-such=1"]
+    unit.extra += ["--device", "tpu", "--qqqqqqqq=1"]
     code, errors = judged(unit)
     assert code == launcher.EXIT_CONFIG
     found = {error["variable"]: error for error in errors}
@@ -393,9 +393,9 @@ def test_all_that_the_installed_version_does_not_know_is_found_at_once(unit: Uni
     assert found["api_server_chat_template"]["known"] == ["base", "hf", "vicuna"]
     assert found["api_server_tool_call_parser"]["known"] == ["llama3", "qwen2d5"]
     extra = {error["value"]: error for error in errors if error["variable"] == "api_server_extra_args"}
-    assert set(extra) == {"--sesion-len 99", "tpu", "--no-such 1"}
+    assert set(extra) == {"--sesion-len 99", "tpu", "--qqqqqqqq 1"}
     assert extra["--sesion-len 99"]["known"][0] == "--session-len"
-    assert "--tp" in extra["--no-such 1"]["known"], "nothing is like it, so all flags are named"
+    assert "--tp" in extra["--qqqqqqqq 1"]["known"], "nothing is like it, so all flags are named"
     assert extra["tpu"]["known"] == ["cuda", "ascend"]
 
 
