@@ -77,6 +77,8 @@ WITHOUT_TOOLS: dict[str, Any] = {
     "DEFAULT_MODEL_PARAMS": {"function_calling": "legacy"},
 }
 
+# What ProtectHome= and PrivateTmp= keep from the unit.
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - nothing is written there
 INSTALLERS = ("PIP_", "UV_", "CONDA_")
 
 
@@ -314,7 +316,7 @@ def _folder_faults(config: Mapping[str, Any]) -> list[str]:
                 f"open_webui_{name} is {path!r}, inside {config['prefix']}, where an upgrade would leave it behind: "
                 f"take /var/lib/open-webui/{name.removesuffix('_dir')} or another folder outside"
             )
-        elif any(_is_inside(path, hidden) for hidden in ("/home", "/root", "/run/user", "/tmp", "/var/tmp")):  # noqa: S108
+        elif any(_is_inside(path, hidden) for hidden in HIDDEN):
             found.append(
                 f"open_webui_{name} is {path!r}: the unit sees no home or temporary folder, take one elsewhere"
             )
