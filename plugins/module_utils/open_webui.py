@@ -134,6 +134,7 @@ def environment(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     # What tells pip, uv and conda where to fetch is nothing that the service needs.
     passed = {name: value for name, value in config["environment"].items() if not name.startswith(INSTALLERS)}
     values.update(passed)
+    values.update(_bypass(passed, [entry["url"] for entry in connections] + list(config["ollama_urls"])))
     values.update(
         {
             "BYPASS_MODEL_ACCESS_CONTROL": config["models_public"],
@@ -191,6 +192,17 @@ def _connection(entry: Mapping[str, Any]) -> dict[str, Any]:
         "connection_type": "local" if _is_local(connection_url(entry["url"])) else "external",
         "auth_type": "bearer" if entry.get("api_key") else "none",
     }
+
+
+def _bypass(environment: Mapping[str, Any], urls: Sequence[str]) -> dict[str, str]:
+    """Return what keeps the own network's servers from being asked through the proxy that leads to the internet."""
+    if not any(name.lower() in ("http_proxy", "https_proxy") for name in environment):
+        return {}
+    given = str(environment.get("NO_PROXY") or environment.get("no_proxy") or "")
+    local = [urlsplit(url.strip()).hostname or "" for url in urls if _is_local(url.strip())]
+    hosts = [*(host.strip() for host in given.split(",")), "localhost", "127.0.0.1", "::1", *local]
+    bypass = ",".join(dict.fromkeys(host for host in hosts if host))
+    return {"NO_PROXY": bypass, "no_proxy": bypass}
 
 
 def _is_local(url: str) -> bool:

@@ -251,6 +251,15 @@ def test_the_hosts_certificates_and_proxies_reach_the_service_and_its_installers
     assert not {"PIP_INDEX_URL", "UV_INDEX"} & set(result)
 
 
+def test_a_proxy_to_the_internet_is_not_asked_for_engines_of_the_own_network() -> None:
+    engines = [ENGINE, {"url": "http://gpu-1:23333/v1"}, {"url": "https://api.example.org/v1"}]
+    proxy = {"https_proxy": "http://proxy:3128", "NO_PROXY": ".example.lan, gpu-1"}
+    result = variables(connections=engines, environment=proxy, ollama_urls=["http://192.168.1.9:11434"])
+    assert result["NO_PROXY"] == ".example.lan,gpu-1,localhost,127.0.0.1,::1,10.0.0.5,192.168.1.9"
+    assert result["no_proxy"] == result["NO_PROXY"]
+    assert "NO_PROXY" not in variables(connections=engines)
+
+
 def test_filters_are_found_by_their_names() -> None:
     assert open_webui_faults.FilterModule().filters()["open_webui_faults"](config()) == []
     environment = open_webui_environment.FilterModule().filters()["open_webui_environment"](config())
