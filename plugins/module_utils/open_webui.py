@@ -25,14 +25,14 @@ PASSWORD_CHARACTERS_MIN = 12
 PASSWORD_BYTES_MAX = 72
 SECRET_KEY_BYTES_MIN = 32
 
-# The variable of the role that an Open WebUI variable belongs to: open_webui_settings must not set it a second time.
+# What open_webui_settings must not set, and the variable of the role to use instead, or the reason that there is none.
 OWNERS = {
     "BYPASS_MODEL_ACCESS_CONTROL": "open_webui_models_public",
     "DATA_DIR": "open_webui_data_dir",
     "DEFAULT_MODELS": "open_webui_default_models",
     "ENABLE_OLLAMA_API": "open_webui_ollama_urls",
     "ENABLE_OPENAI_API": "open_webui_connections",
-    "ENABLE_PERSISTENT_CONFIG": "none: the role is the one place of configuration",
+    "ENABLE_PERSISTENT_CONFIG": "the variables are the one place of configuration",
     "ENABLE_SIGNUP": "open_webui_signup_enabled",
     "FORWARDED_ALLOW_IPS": "open_webui_trusted_proxies",
     "HOST": "open_webui_host",
@@ -47,6 +47,7 @@ OWNERS = {
     "PORT": "open_webui_port",
     "STATIC_DIR": "open_webui_static_dir",
     "USE_SLIM_DOCKER": "open_webui_profile",
+    "WEBUI_AUTH": "the admin's account stands in the way, and without accounts anybody who comes by is admin",
     "WEBUI_ADMIN_EMAIL": "open_webui_admin_email",
     "WEBUI_ADMIN_NAME": "open_webui_admin_name",
     "WEBUI_ADMIN_PASSWORD": "open_webui_admin_password",
@@ -355,7 +356,9 @@ def _settings_faults(config: Mapping[str, Any]) -> list[str]:
         if NAME.match(str(name)) is None:
             found.append(f"open_webui_settings has {name!r}, which is not a name for an environment variable")
         elif name in OWNERS:
-            found.append(f"open_webui_settings has {name}, which is set by another variable ({OWNERS[name]}): use that")
+            owner = OWNERS[name]
+            way_out = f"use {owner}" if owner.startswith("open_webui_") else f"leave it out, since {owner}"
+            found.append(f"open_webui_settings has {name}, which is the role's own: {way_out}")
         elif "\0" in text_of(config["settings"][name]):
             found.append(f"open_webui_settings.{name} holds a NUL character: leave it out")
     return found
