@@ -112,7 +112,7 @@ def test_the_seeds_template_and_unknown_wishes_are_refused_together(host: Any, p
         "api_server_tool_call_parser is 'qwen9'",
         ", ".join(facts["tool_call_parsers"]),
         "--cache-max-entry-cont",
-        "did you mean --cache-max-entry-count",
+        "--cache-max-entry-count",
     ):
         assert part in message
     assert host.check_output(f"sha256sum {INSTANCE} /etc/systemd/system/api-server.service") == before
