@@ -232,13 +232,15 @@ class Environment:
         if found is None and parameters["lock"] is None:
             # The controller holds the lock, and sends it now.
             return {"changed": False, "lock_needed": True}
-        if found is not None and (not parameters["switched"] or self.current() == found[0]):
+        if found is not None and self.is_settled(found[0]):
             return self.answer(identity, *found)
         if self.module.check_mode:
             return self.foretell(identity, found)
         with self.locked():
             # Another run may have built it while this one waited.
             found = complete_release(self.home, identity)
+            if found is not None and self.is_settled(found[0]):
+                return self.answer(identity, *found)
             before, started = self.shown(self.current()), time.monotonic()
             folder, marker = found or self.build(identity)
             seconds = 0.0 if found else round(time.monotonic() - started, 1)
@@ -246,6 +248,10 @@ class Environment:
         result = self.answer(identity, folder, marker)
         result.update(built=found is None, removed=removed, seconds=seconds)
         return self.changed(result, before, self.shown(folder))
+
+    def is_settled(self, folder: Path) -> bool:
+        """Tell whether nothing is left to do with a whole release."""
+        return not self.module.params["switched"] or self.current() == folder
 
     def switched(self) -> dict[str, Any]:
         """Make a release that is there the current one."""

@@ -222,3 +222,17 @@ def test_pip_takes_the_same_lock(base: Path) -> None:
     assert command[-4:] == ["--no-deps", "--require-hashes", "--requirement", "/lock"]
     assert "--no-compile" in command
     assert sys.executable not in command
+
+
+def test_a_run_that_waited_for_another_finds_the_work_done(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, waiting = environment(base, ONE), environment(base, ONE)
+    waits = waiting.locked
+
+    def locked() -> Any:
+        other.present()
+        return waits()
+
+    monkeypatch.setattr(waiting, "locked", locked)
+    found = waiting.present()
+    assert (found["changed"], found["built"]) == (False, False)
+    assert len(folders(base)) == 1
