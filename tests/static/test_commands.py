@@ -21,10 +21,10 @@ PLUGIN_KINDS = {"callback": "callback", "filter": "filter", "lookup": "lookup", 
 
 
 def run(
-    *command: str, expected: int | None = 0, folder: Path = ROOT, **environment: str
+    *command: str, expected: int | None = 0, folder: Path = ROOT, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a tool of this environment; its output is the message where the exit status is another than expected."""
-    everything = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "NO_COLOR": "1", **environment}
+    everything = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "NO_COLOR": "1", **(environment or {})}
     done = subprocess.run(command, cwd=folder, env=everything, capture_output=True, text=True, check=False)
     assert expected is None or done.returncode == expected, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done
@@ -63,9 +63,17 @@ def test_built_collection_runs_outside_the_checkout(tmp_path: Path) -> None:
         str(tmp_path),
         str(archive),
     )
-    run(*install, folder=tmp_path, **outside)
+    run(*install, folder=tmp_path, environment=outside)
     inventory = str(ROOT / "inventories/single-gpu")
-    run("ansible-playbook", "--syntax-check", "-i", inventory, "selfhost.lmdeploy.site", folder=tmp_path, **outside)
+    run(
+        "ansible-playbook",
+        "--syntax-check",
+        "-i",
+        inventory,
+        "selfhost.lmdeploy.site",
+        folder=tmp_path,
+        environment=outside,
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(PLUGIN_KINDS))

@@ -66,7 +66,7 @@ def test_a_generated_secret_stays(tmp_path: Path) -> None:
 def test_one_refusal_keeps_the_whole_set_as_it_was_and_all_are_told(tmp_path: Path) -> None:
     (tmp_path / "good").write_text("old")
     bad, warned, other = (str(tmp_path / f"{name}.unit") for name in ("bad", "warned", "other"))
-    files = [
+    files: list[dict[str, Any]] = [
         {"path": tmp_path / "good", "content": "new"},
         {"path": bad, "content": "x", "check": ["sh", "-c", "echo refused: $(cat $0); exit 3", bad]},
         {"path": warned, "content": "x", "check": ["echo", f"{warned}: odd"], "check_silent": True},

@@ -42,4 +42,5 @@ mkdir -p "$PREFIX/envs" "$PREFIX/pkgs"
 date '+==> %Y-%m-%d %H:%M:%S <==' >>"$PREFIX/conda-meta/history"
 echo "installation finished."
 exit 0
+# shellcheck disable=SC2317 # not a command: where the archive begins
 @@END_HEADER@@
