@@ -50,10 +50,12 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a proxy of this machine out of the tests."""
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
+    """Keep a proxy of this machine out of the tests, and theirs, which the module sets, out of later ones."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        for spelling in (name, name.upper()):
+            # Set first, so that even one that is absent now is absent again afterwards.
+            monkeypatch.setenv(spelling, "")
+            monkeypatch.delenv(spelling)
 
 
 def urls(*wanted: str, **changes: Any) -> dict[str, tuple[bool, str]]:
