@@ -31,7 +31,7 @@ options:
   question:
     description: What to ask.
     type: str
-    default: Which city is the capital of France?
+    default: What is the capital of France? Answer in one sentence.
   expected:
     description: A regular expression that the answer must match, in any case; when empty, any answer will do.
     type: str
@@ -97,7 +97,7 @@ def main() -> None:
             "url": {"type": "str", "required": True},
             "model": {"type": "str", "required": True},
             "api_key_file": {"type": "path", "default": "", "no_log": False},
-            "question": {"type": "str", "default": "Which city is the capital of France?"},
+            "question": {"type": "str", "default": "What is the capital of France? Answer in one sentence."},
             "expected": {"type": "str", "default": ""},
             "max_tokens": {"type": "int", "default": 64},
             "timeout_seconds": {"type": "float", "default": 120.0},

@@ -35,7 +35,7 @@ options:
   question:
     description: What to ask.
     type: str
-    default: Which city is the capital of France?
+    default: What is the capital of France? Answer in one sentence.
   expected:
     description: Text that the answer must hold, whatever its case; empty takes any answer that is not empty.
     type: str
@@ -57,7 +57,7 @@ attributes:
 EXAMPLES = r"""
 - name: Ask the model as a person would
   selfhost.lmdeploy.webui_chat:
-    question: Which city is the capital of France?
+    question: What is the capital of France? Answer in one sentence.
     expected: Paris
   register: smoke
 """
@@ -67,7 +67,7 @@ question:
   description: What was asked.
   returned: success
   type: str
-  sample: Which city is the capital of France?
+  sample: What is the capital of France? Answer in one sentence.
 answer:
   description: The model's words, without white space around them.
   returned: success
@@ -160,7 +160,7 @@ def main() -> None:
             # A path is no secret; what it holds never leaves the host.
             "password_file": {"type": "path", "default": "/etc/open-webui/admin-password", "no_log": False},
             "model": {"type": "str", "default": ""},
-            "question": {"type": "str", "default": "Which city is the capital of France?"},
+            "question": {"type": "str", "default": "What is the capital of France? Answer in one sentence."},
             "expected": {"type": "str", "default": ""},
             "max_tokens": {"type": "int", "default": 64, "no_log": False},
             "timeout_seconds": {"type": "float", "default": 120.0},

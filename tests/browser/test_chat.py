@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 if TYPE_CHECKING:
     from conftest import Account, Ui
 
-QUESTION = "Which city is the capital of France?"
+QUESTION = "What is the capital of France? Answer in one sentence."
 ANSWER_TIMEOUT_MS = 120_000
 
 

@@ -82,7 +82,7 @@ def params(interface: Interface, tmp_path: Path) -> dict[str, Any]:
         "account_file": str(tmp_path / "admin.json"),
         "password_file": str(tmp_path / "password"),
         "model": "",
-        "question": "Which city is the capital of France?",
+        "question": "What is the capital of France? Answer in one sentence.",
         "expected": "paris",
         "max_tokens": 8,
         "timeout_seconds": 5,

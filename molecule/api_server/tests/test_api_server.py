@@ -76,7 +76,8 @@ def client(port: int, question: str, tokens: int = 24, *, keyed: bool = True, st
 
 def ask(host: Any, port: int = 23333, *, keyed: bool = True) -> str:
     """Return what the engine says to a question with one answer."""
-    return str(host.run(client(port, "Which city is the capital of France?", keyed=keyed)).stdout).strip()
+    question = "What is the capital of France? Answer in one sentence."
+    return str(host.run(client(port, question, keyed=keyed)).stdout).strip()
 
 
 def main_pid(host: Any, unit: str = "api-server") -> str:

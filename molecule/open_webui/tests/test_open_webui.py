@@ -165,7 +165,7 @@ def test_an_ordinary_user_sees_the_models_of_both_connections(person: Ui) -> Non
 def test_an_ordinary_user_gets_the_models_own_answer(person: Ui) -> None:
     body = {
         "model": MODEL,
-        "messages": [{"role": "user", "content": "Which city is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
         "stream": False,
         "temperature": 0,
         "max_tokens": 64,
