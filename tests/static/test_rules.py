@@ -118,7 +118,7 @@ BAD: dict[str, list[tuple[dict[str, str], str]]] = {
         ({"script/a": "#!/bin/sh\n# Short\nexit\n"}, "script/a"),
     ],
     "no_foreign_places": [
-        ({"a.yml": "x: /checkout/main\n"}, "a.yml:1"),
+        ({"a.yml": "x: CHECKOUT/site.yml\n"}, "a.yml:1"),
         ({"a.txt": "--index-url https://pypi.org/simple\n"}, "a.txt:1"),
         ({"a.yml": "x: https://repo.anaconda.com/miniconda\n"}, "a.yml:1"),
     ],
@@ -159,8 +159,9 @@ def test_repository_keeps_rule(name: str) -> None:
     [(name, sample, words) for name, samples in BAD.items() for sample, words in samples],
 )
 def test_rule_refuses_sample(name: str, sample: dict[str, str], words: str, tmp_path: Path) -> None:
-    """The rule finds the fault that the sample was made with."""
-    findings = list(RULES[name](Tree.of_texts(tmp_path, sample)))
+    """The rule finds the fault that the sample was made with; CHECKOUT stands for where the repository lies."""
+    texts = {path: text.replace("CHECKOUT", str(tmp_path)) for path, text in sample.items()}
+    findings = list(RULES[name](Tree.of_texts(tmp_path, texts)))
     assert any(words in finding for finding in findings), findings
 
 
