@@ -23,7 +23,8 @@ LOCKS = ("lock", "uv_lock")
 class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no types
     """Compute the release's id from the lock; transfer the lock when the host lacks that release."""
 
-    TRANSFERS_FILES = True
+    # Files travel only when a build needs them: true here would cost a call for a folder every time.
+    TRANSFERS_FILES = False
     _requires_connection = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -201,6 +201,8 @@ class Environment:
         self.link = self.base / "envs" / self.name
         self.cache = Path(parameters["cache_dir"] or self.base / "pkgs" / "uv")
         self.deadline_seconds: int = parameters["timeout_seconds"]
+        # For the tools: /tmp may be small, or closed to programs, and uv leaves files in it.
+        self.scratch = self.base / "releases" / ".tmp"
         self.lock_descriptor: int | None = None
 
     # -- what is there ------------------------------------------------------------------
@@ -355,9 +357,12 @@ class Environment:
                         ) from None
                     time.sleep(0.5)
             self.lock_descriptor = handle.fileno()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir(mode=0o700)
             try:
                 yield
             finally:
+                shutil.rmtree(self.scratch, ignore_errors=True)
                 self.lock_descriptor = None
 
     def switch(self, folder: Path) -> list[str]:
@@ -466,7 +471,7 @@ class Environment:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **TOOL_ENVIRONMENT},
+            env={**os.environ, **TOOL_ENVIRONMENT, "TMPDIR": str(self.scratch)},
             cwd="/",
             start_new_session=True,
             pass_fds=[self.lock_descriptor] if self.lock_descriptor is not None else [],

@@ -86,6 +86,15 @@ def test_it_is_its_lock(host: Any) -> None:
     assert host.file(f"{LINK}/lib/python3.11/site-packages/__pycache__/six.cpython-311.pyc").exists
 
 
+def test_building_leaves_nothing_behind(host: Any) -> None:
+    """Neither the tools' temporary files nor the lock's way to the host."""
+    assert (
+        host.check_output("find /tmp /var/tmp /root/.ansible/tmp -mindepth 1 -name 'uv-*' -o -name 'ansible-tmp*'")
+        == ""
+    )
+    assert host.check_output(f"ls -A {PREFIX}/releases").split() == [".lock", "sample"]
+
+
 def test_the_tools_are_pinned(host: Any) -> None:
     """The uv beside conda is the one of the role's own lock."""
     uv = locked(str(LOCKS.parents[2] / "roles/conda_env/files/locks/uv.txt"))["uv"]
