@@ -589,7 +589,8 @@ def run_llama_cpp(instance: Instance, key: str, stopping: Callable[[], None]) ->
         time.sleep(0.1)
     # The last lines of a stream may still be on their way to the client.
     time.sleep(0.3)
-    del server
+    # llama.cpp's own end waits for streams, however long they take; their time is over.
+    os._exit(0)
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
