@@ -13,6 +13,7 @@ import shlex
 import time
 from typing import Any
 
+from ansible import constants
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
@@ -62,13 +63,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core carries no
         limit = int(args.get("timeout_seconds", 86400))
         # What "async" on a task sets; its own polling shows no figures, so it stays off and is done here.
         self._task.async_val = limit
+        folder = self._connection._shell.tmpdir or self._make_tmp_path()
         try:
             job = self._execute_module(MODULE, args, task_vars=task_vars, wrap_async=True)
             if job.get("failed") or "ansible_job_id" not in job:
                 return dict(job)
-            return self._wait(
+            done = self._wait(
                 args, str(job["ansible_job_id"]), time.monotonic() + limit + GRACE_SECONDS, seconds, task_vars
             )
+            # The host's watcher removes the module, and with it a token, up to five seconds later.
+            self._remove_tmp_path(folder, force=not constants.DEFAULT_KEEP_REMOTE_FILES)
+            return done
         finally:
             self._task.async_val = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,13 @@ def test_a_cut_and_a_kill_go_on_in_the_next_run(
     assert "not complete after 6 s (model_weights_timeout_seconds)" in message
     assert not host.file("/srv/cut/test--tiny").exists
     faults(
-        {"kind": "slow", "path": "model-*", "rate": 1500000},
+        {"kind": "slow", "path": "model-*", "rate": 600000},
         {"kind": "status", "path": "", "status": 429, "retry_after": 1, "times": 2},
         {"kind": "status", "path": SHARD, "status": 500, "times": 1},
     )
     done = play("model_weights", model_weights_progress_seconds=1, **mine)
     assert done.changed() == 1
-    assert "MB/s" in done.output
-    assert "test/tiny: " in done.output
+    assert re.search(r"test/tiny: [0-9.]+ [kM]B of [0-9.]+ MB, [0-9.]+ [kM]B/s, [0-9]+ s left", done.output)
     assert [entry["status"] for entry in asked(host, "/api/models/test/tiny")] == [429, 429, 200]
     assert 500 in [entry["status"] for entry in asked(host, SHARD)]
     begins = [int(entry["range"].removeprefix("bytes=").rstrip("-")) for entry in asked(host, SHARD)]
