@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Make the small models that script/gpu-check serves, on the spot: no hub is asked.
+
+    models.py text GGUF OUT     SmolLM2 from its GGUF file, as bf16 safetensors: its answers mean something
+    models.py llama OUT         random Llama, 16 heads and 8 KV heads: cut over 2, 4 and 8 GPUs
+    models.py vision OUT        random InternVL of a few layers: tiles, image tokens and limits are those of InternVL3
+
+Runs with the Python of LMDeploy's environment; ``text`` also needs the package gguf on PYTHONPATH. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# What a chat is written with, in the way of Qwen2 and InternVL3.
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] in ['image', 'image_url'] %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+VOCABULARY = 1024
+IMAGE_SIZE, PATCH_SIZE = 448, 14
+# 448 / 14 = 32 patches a side, halved by the pixel shuffle: 16 x 16 tokens for each tile, as InternVL3 has it.
+TOKENS_PER_TILE = (IMAGE_SIZE // PATCH_SIZE // 2) ** 2
+
+
+def save_tokenizer(out: Path) -> Any:
+    """Train a tokenizer on these very lines, and return it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2TokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines() * 4, trainer)
+    raw.add_special_tokens(SPECIAL)
+    tokenizer = Qwen2TokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",  # a token of text, no secret
+        pad_token="<|endoftext|>",  # as above
+        unk_token="<|endoftext|>",  # as above
+        chat_template=TEMPLATE,
+        extra_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    )
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+def save(model: Any, out: Path) -> None:
+    """Write a model as bf16 safetensors."""
+    import torch
+
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+def make_text(gguf: Path, out: Path) -> None:
+    """Turn a GGUF file into a folder that LMDeploy serves."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**{**config, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}))
+    model.load_state_dict(read.state_dict())
+    save(model, out)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.save_pretrained(out)
+
+
+def make_llama(out: Path) -> None:
+    """Write a random Llama whose heads can be cut over up to 8 GPUs."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    tokenizer = save_tokenizer(out)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    save(LlamaForCausalLM(config), out)
+
+
+def make_vision(out: Path) -> None:
+    """Write a random InternVL with InternVL3's tiles and token counts."""
+    import torch
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
+    from transformers.models.got_ocr2 import GotOcr2ImageProcessor
+    from transformers.models.internvl import InternVLVideoProcessor
+
+    torch.manual_seed(2)
+    tokenizer = save_tokenizer(out)
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+            "patch_size": [PATCH_SIZE, PATCH_SIZE],
+            "attention_bias": True,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "vocab_size": VOCABULARY,
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": False,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=TOKENS_PER_TILE,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    save(InternVLForConditionalGeneration(config), out)
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(
+            size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, crop_to_patches=True, min_patches=1, max_patches=12
+        ),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(),
+        image_seq_length=TOKENS_PER_TILE,
+        chat_template=TEMPLATE,
+    )
+    processor.save_pretrained(out)
+    # TurboMind takes the text model by the name of its class.
+    path = out / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["text_config"]["architectures"] = ["Qwen2ForCausalLM"]
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Make one model; a folder that is complete stays."""
+    parser = argparse.ArgumentParser(prog="models.py", description="Make a small model.")
+    parser.add_argument("kind", choices=("text", "llama", "vision"))
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    chosen = parser.parse_args()
+    out: Path = chosen.paths[-1]
+    done = out / ".complete"
+    if done.exists():
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    if chosen.kind == "text":
+        make_text(chosen.paths[0], out)
+    else:
+        {"llama": make_llama, "vision": make_vision}[chosen.kind](out)
+    for path in out.iterdir():
+        # The engine's user reads them; safetensors writes for the owner alone.
+        path.chmod(0o644)
+    done.touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
