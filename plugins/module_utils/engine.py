@@ -281,6 +281,7 @@ def place(instances: list[dict[str, Any]], host: dict[str, Any], settings: dict[
     """Give each instance its GPUs, its tp and the lines that bind its unit; return what can't run as it is wanted."""
     gpu: GpuFacts | None = host.get("gpu")
     sizes = [instance.pop("size") for instance in instances]
+    asked = [instance.pop("wanted_tp") for instance in instances]
     for instance in instances:
         instance["unit_lines"] = []
     if settings["engine"] != "lmdeploy" or not gpu or not gpu["cards"]:
@@ -288,12 +289,12 @@ def place(instances: list[dict[str, Any]], host: dict[str, Any], settings: dict[
     wanted = [
         Wanted(
             f"{instance['instance']}.service",
-            None if instance["wanted_tp"] == "auto" else int(instance["wanted_tp"]),
+            None if tp == "auto" else int(tp),
             tuple(int(number) for number in instance.get("gpus") or []),
             size,
             None if not is_set(instance.get("cache_max_entry_count")) else float(instance["cache_max_entry_count"]),
         )
-        for instance, size in zip(instances, sizes, strict=True)
+        for instance, size, tp in zip(instances, sizes, asked, strict=True)
     ]
     dealt = deal(wanted, gpu, wsl=bool(host.get("wsl")))
     for instance, got in zip(instances, dealt, strict=True):
