@@ -38,7 +38,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desire
     secrets_in,
     shown,
 )
-from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_gpu import resolve_engine, tp_of
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_gpu import layout, resolve_engine
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_host import survey_request
 
 if TYPE_CHECKING:
@@ -222,7 +222,8 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
             # Who registers wants data; everyone else reads the message, and should not read it twice.
             result["findings"] = data
         if survey is not None and desired.engine == "lmdeploy":
-            result["tp"] = {instance.unit: tp_of(instance, survey) for instance in desired.instances}
+            result["tp"] = {instance.unit: dealt.tp for instance, dealt in layout(desired, survey)}
+            result["gpus"] = {instance.unit: list(dealt.gpus) for instance, dealt in layout(desired, survey)}
         result["warnings"] = [block(warning) for warning in warnings]
         if arguments["report_dir"]:
             told = {"host": host, "engine": result["engine"], "passed": not errors, "findings": data, "survey": survey}

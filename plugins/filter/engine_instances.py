@@ -14,6 +14,8 @@ description:
   - Puts together what the inventory wants of a host's engines and what the host has.
   - Each instance gets its unit's name, the path of its model, its tensor parallelism, its URL, and under C(launcher)
     everything that the launcher reads, the engine's arguments among it.
+  - Where the host has several GPUs each instance gets its own in C(gpus), and in C(unit_lines) what binds its unit to
+    their NUMA node.
   - Fails with all faults in one message, each with its variable, its value and the way out.
 positional: instances, host, settings
 options:
@@ -31,7 +33,7 @@ options:
     type: dict
     required: true
   settings:
-    description: C(engine), C(models_dir), C(drain_seconds) and C(allowed_networks), which are the same for all.
+    description: C(engine), C(models_dir), C(drain_seconds), C(allowed_networks) and C(numa_affinity), the same for all.
     type: dict
     required: true
 """

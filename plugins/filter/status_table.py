@@ -62,8 +62,16 @@ def status_table(hosts: dict[str, list[dict[str, Any]] | None]) -> str:
             rows += [_row(host, service) for service in services]
         else:
             rows.append((host, "could not be asked" if services is None else "nothing installed"))
+    loads = {
+        f"{service['program']} {service['version']} {service['release']} loads "
+        + ", ".join(f"{name} ({package})" for name, package in sorted(service["libraries"].items()))
+        for services in hosts.values()
+        for service in services or ()
+        if service.get("libraries")
+    }
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(HEADINGS))]
-    return "\n".join("  ".join(f"{word:<{widths[i]}}" for i, word in enumerate(row)).rstrip() for row in rows)
+    table = ["  ".join(f"{word:<{widths[i]}}" for i, word in enumerate(row)).rstrip() for row in rows]
+    return "\n".join([*table, *sorted(loads)])
 
 
 class FilterModule:

@@ -10,7 +10,21 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.gpu_layout import (
+    Dealt,
+    Wanted,
+    deal,
+    layout_faults,
+    unit_lines,
+)
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_memory import automatic_tp, estimate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_survey import GpuFacts
 
 UNIT = "api-server"
 ENGINES = ("lmdeploy", "llama_cpp")
@@ -70,13 +84,13 @@ def model_name(model: str) -> str:
 
 
 def tensor_parallel(wanted: str | int, gpus: int, *, wsl: bool) -> int:
-    """Return over how many GPUs a model is cut: `auto` is the largest power of two that the GPUs allow, 1 on WSL.
+    """Return over how many GPUs a model is cut where nothing but their number is known.
 
     On WSL NCCL finds no peer access between GPUs, so more than one must be asked for by number.
     """
     if wanted != "auto":
         return int(wanted)
-    return 1 if wsl or gpus < 1 else 1 << (gpus.bit_length() - 1)
+    return 1 if wsl else automatic_tp(gpus)
 
 
 def is_loopback(host: str) -> bool:
@@ -226,8 +240,9 @@ def engine_instances(
     """Return the instances of a host, complete, or raise EngineFault with everything that is wrong.
 
     plain: the role's plain variables without their prefix: the single instance, and the defaults of named ones.
-    instances: ``api_server_instances``. host: what the module engine_info returned (``gpus``, ``wsl``, ``models``).
-    settings: ``engine``, ``models_dir``, ``drain_seconds``, ``allowed_networks``.
+    instances: ``api_server_instances``. host: what the module engine_info returned (``gpus``, ``gpu``, ``wsl``,
+    ``models``, ``model_facts``). settings: ``engine``, ``models_dir``, ``drain_seconds``, ``allowed_networks`` and
+    ``numa_affinity``.
     """
     faults = name_faults([str(item.get("name", "")) for item in instances])
     result = []
@@ -243,7 +258,9 @@ def engine_instances(
             path = model_path(instance["model"], settings["models_dir"])
             # Where the link leads now: a new revision of the model is a change, never a surprise at the next restart.
             instance["model_path"] = host.get("models", {}).get(path, path)
+            instance["size"] = estimate(instance["model"], host.get("model_facts", {}).get(path))
             gpus = len(instance.get("gpus") or []) or int(host.get("gpus", 0))
+            instance["wanted_tp"] = instance["tp"]
             instance["tp"] = tensor_parallel(instance["tp"], gpus, wsl=bool(host.get("wsl")))
         except ValueError as error:
             faults.append(f"{prefix}model or {prefix}tp: {error}")
@@ -254,9 +271,53 @@ def engine_instances(
         faults += instance_faults(instance, settings["allowed_networks"])
         result.append(instance)
     faults += port_faults(result)
+    faults += place(result, host, settings)
     if faults:
         raise EngineFault("\n".join(faults))
     return [complete(instance, settings) for instance in result]
+
+
+def place(instances: list[dict[str, Any]], host: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Give each instance its GPUs, its tp and the lines that bind its unit; return what can't run as it is wanted."""
+    gpu: GpuFacts | None = host.get("gpu")
+    sizes = [instance.pop("size") for instance in instances]
+    asked = [instance.pop("wanted_tp") for instance in instances]
+    for instance in instances:
+        instance["unit_lines"] = []
+    if settings["engine"] != "lmdeploy" or not gpu or not gpu["cards"]:
+        return []
+    wanted = [
+        Wanted(
+            f"{instance['instance']}.service",
+            None if tp == "auto" else int(tp),
+            tuple(int(number) for number in instance.get("gpus") or []),
+            size,
+            None if not is_set(instance.get("cache_max_entry_count")) else float(instance["cache_max_entry_count"]),
+        )
+        for instance, size, tp in zip(instances, sizes, asked, strict=True)
+    ]
+    dealt = deal(wanted, gpu, wsl=bool(host.get("wsl")))
+    for instance, got in zip(instances, dealt, strict=True):
+        instance["tp"] = got.tp
+        if len(gpu["cards"]) > 1:
+            instance["gpus"] = list(got.gpus)
+        if settings.get("numa_affinity", "auto") == "auto" and not host.get("wsl"):
+            instance["unit_lines"] = unit_lines(gpu, got.gpus)
+    return fault_sentences(instances, wanted, dealt, gpu)
+
+
+def fault_sentences(
+    instances: Sequence[Mapping[str, Any]], wanted: Sequence[Wanted], dealt: Sequence[Dealt], gpu: GpuFacts
+) -> list[str]:
+    """Return what can't run, each with variable, value, cause and way out."""
+    found = []
+    for fault in layout_faults(wanted, dealt, gpu):
+        instance, want = instances[fault.number], wanted[fault.number]
+        names = {key: f"{instance['variable_prefix']}{key}" for key in ("tp", "gpus", "cache_max_entry_count")}
+        values = {"tp": want.tp or "auto", "gpus": list(want.gpus), "cache_max_entry_count": want.ratio}
+        text = f"{fault.why} {fault.fix}".format(**names)
+        found.append(f"{names[fault.setting]} is {values[fault.setting]}: {text}")
+    return found
 
 
 def complete(instance: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +326,12 @@ def complete(instance: dict[str, Any], settings: dict[str, Any]) -> dict[str, An
     environment = {
         # One line for each request is for debugging; it would also hold what clients ask for in paths.
         "UVICORN_LOG_LEVEL": "warning",
-        **({"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus)} if gpus else {}),
+        # CUDA by itself counts the fastest card first; nvidia-smi and people count by the bus.
+        **(
+            {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+            if gpus
+            else {}
+        ),
         **{str(key): str(value) for key, value in (instance.get("environment") or {}).items()},
     }
     launcher = {

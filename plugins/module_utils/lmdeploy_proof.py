@@ -12,7 +12,7 @@ import csv
 import re
 from pathlib import Path
 
-# Found in the environment, or the engine loads another one than the lock names.
+# Found in the environment, once, or the engine loads another one than the lock names. TurboMind's library asks for all.
 LIBRARIES = ("libcublas.so", "libcublasLt.so", "libcudart.so", "libnccl.so")
 # The driver's own library: it comes with the driver and not in a package.
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -56,6 +56,21 @@ def loaded(ldd: str) -> tuple[dict[str, str], list[str]]:
     return paths, missing
 
 
+def cuda_libraries(paths: dict[str, str]) -> dict[str, str]:
+    """Return those of the loaded libraries that must come from the environment: name, path."""
+    return {name: path for name, path in sorted(paths.items()) if name.startswith(LIBRARIES)}
+
+
+def providers(site_packages: Path, ldd: str) -> dict[str, str]:
+    """Return which package, with its version, brings each CUDA library that TurboMind loads."""
+    found = {}
+    for name in cuda_libraries(loaded(ldd)[0]):
+        packages = sorted({package for holders in owners(site_packages, name).values() for package in holders})
+        named = (package.rpartition("-") for package in packages)
+        found[name] = ", ".join(f"{package.replace('_', '-')} {version}" for package, _dash, version in named)
+    return found
+
+
 def library_faults(prefix: Path, site_packages: Path, ldd: str) -> list[str]:
     """Return what is wrong with the libraries of an environment, a sentence each; an empty list is the proof."""
     faults = []
@@ -63,19 +78,21 @@ def library_faults(prefix: Path, site_packages: Path, ldd: str) -> list[str]:
     if len(releases) > 1:
         sets = "; ".join(f"{release}: {', '.join(names)}" for release, names in sorted(releases.items()))
         faults.append(f"it mixes CUDA releases ({sets})")
-    nccl = owners(site_packages, "libnccl.so.2")
-    copies = [str(path) for path in prefix.glob("lib/**/libnccl.so.2")]
-    holders = sorted({package for packages in nccl.values() for package in packages})
-    if len(holders) != 1 or len(copies) != 1:
-        faults.append(
-            f"libnccl.so.2 must be there once, with one owner, but {', '.join(copies) or 'no file'} belongs to "
-            f"{', '.join(holders) or 'no package'}"
-        )
     paths, missing = loaded(ldd)
     lost = [name for name in missing if name != DRIVER_LIBRARY]
+    # What ldd did not even mention is as bad: it judged nothing, or TurboMind came without it.
+    lost += [f"{name}*" for name in LIBRARIES if not any(each.startswith(name) for each in [*paths, *missing])]
     if lost:
         faults.append(f"TurboMind's library does not find {', '.join(sorted(lost))}")
-    for name, path in sorted(paths.items()):
-        if name.startswith(LIBRARIES) and not Path(path).resolve().is_relative_to(prefix.resolve()):
+    there = sorted(str(copy) for copy in prefix.glob("lib/**/lib*.so.*"))
+    for name, path in cuda_libraries(paths).items():
+        if not Path(path).resolve().is_relative_to(prefix.resolve()):
             faults.append(f"TurboMind would load {name} from {path}, which is outside the environment")
+        copies = [copy for copy in there if copy.endswith(f"/{name}")]
+        holders = sorted({package for packages in owners(site_packages, name).values() for package in packages})
+        if len(holders) != 1 or len(copies) != 1:
+            faults.append(
+                f"{name} must be there once, with one owner, but {', '.join(copies) or 'no file'} belongs to "
+                f"{', '.join(holders) or 'no package'}"
+            )
     return faults

@@ -2,7 +2,7 @@
 # Apache-2.0 (see LICENSE)
 """Checks of the engine against cards and memory. Pure, no Ansible.
 
-A card is used by an instance when it is one of its ``gpus``, or, without that list, one of the first ``tp`` cards.
+Which cards an instance gets, and how many, is dealt by gpu_layout, which the role api_server asks as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import tensor_parallel
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.gpu_layout import (
+    Dealt,
+    Wanted,
+    deal,
+    idle_cards,
+    layout_faults,
+)
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_memory import (
     GIB,
     WORKSPACE_BYTES,
@@ -56,30 +62,32 @@ def resolve_engine(wanted: str, survey: Survey) -> str:
     return "lmdeploy" if gpu["cards"] or gpu["pci_devices"] or gpu["program"] else "llama_cpp"
 
 
-def cards_of(instance: Instance, survey: Survey) -> list[Gpu]:
-    """Return the cards that an instance may use: those that it names, else all."""
-    named = instance.items("gpus")
-    return [card for card in survey["gpu"]["cards"] if not named or card["index"] in named]
-
-
 def size_of(desired: Desired, instance: Instance, survey: Survey) -> ModelSize | None:
     """Return what an instance's model needs."""
     model = instance.text("model")
     return estimate(model, survey["models"].get(desired.model_path(model)))
 
 
-def tp_of(instance: Instance, survey: Survey) -> int:
-    """Return the number of cards of an instance, as the role api_server settles it."""
-    fixed = instance.whole("tp")
-    # What tp_form refuses is judged further as if it said auto, so that one slip is one finding.
-    if fixed is not None and is_power_of_two(fixed):
-        return fixed
-    return tensor_parallel("auto", len(cards_of(instance, survey)), wsl=survey["wsl"]["is_wsl"])
+def _wanted(desired: Desired, survey: Survey) -> list[Wanted]:
+    found = []
+    for instance in desired.instances:
+        fixed = instance.whole("tp")
+        # What tp_form refuses is judged further as if it said auto, so that one slip is one finding.
+        tp = fixed if fixed is not None and is_power_of_two(fixed) else None
+        gpus = tuple(number for number in map(whole, instance.items("gpus")) if number is not None)
+        found.append(Wanted(instance.unit, tp, gpus, size_of(desired, instance, survey), _given_ratio(instance)))
+    return found
 
 
-def used_cards(instance: Instance, survey: Survey) -> list[Gpu]:
+def layout(desired: Desired, survey: Survey) -> list[tuple[Instance, Dealt]]:
+    """Return every instance with what it gets."""
+    dealt = deal(_wanted(desired, survey), survey["gpu"], wsl=survey["wsl"]["is_wsl"])
+    return list(zip(desired.instances, dealt, strict=True))
+
+
+def cards_of(dealt: Dealt, survey: Survey) -> list[Gpu]:
     """Return the cards that an instance will compute on."""
-    return cards_of(instance, survey)[: tp_of(instance, survey)]
+    return [card for card in survey["gpu"]["cards"] if card["index"] in dealt.gpus]
 
 
 def cuda_of(desired: Desired) -> str:
@@ -121,8 +129,8 @@ def check_capability(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """compute_capability: the wheels carry code for the cards."""
     cuda = cuda_of(desired)
     known = CAPABILITIES_CUDA_13 if cuda == "13" else CAPABILITIES
-    for instance in desired.instances:
-        for card in used_cards(instance, survey):
+    for instance, dealt in layout(desired, survey):
+        for card in cards_of(dealt, survey):
             key = version_key(card["compute_capability"])
             if key is None or any(key[0] == major and key[1] >= minor for major, minor in known):
                 continue
@@ -141,41 +149,60 @@ def _asked(instance: Instance) -> tuple[str, str]:
 
 
 def check_tp(desired: Desired, survey: Survey) -> Iterator[Finding]:
-    """tp_gpus, tp_heads, gpu_index: the cards are there, and the model can be split over that many."""
-    cards = survey["gpu"]["cards"]
-    if not cards:
+    """tp_gpus, tp_heads, gpu_index, gpu_shared: the cards are there, and the model can be split over that many."""
+    if not survey["gpu"]["cards"]:
         return
-    listed = ", ".join(f"{card['index']} ({card['name']})" for card in cards)
-    for instance in desired.instances:
+    wanted, dealt = _wanted(desired, survey), [got for _instance, got in layout(desired, survey)]
+    for fault in layout_faults(wanted, dealt, survey["gpu"]):
+        instance = desired.instances[fault.number]
+        names = {key: instance.variable(key) for key in ("tp", "gpus", "cache_max_entry_count")}
+        value = {"gpus": instance.items("gpus"), "tp": _asked(instance)[1]}.get(
+            fault.setting, instance.get(fault.setting)
+        )
+        why, fix = fault.why.format(**names), fault.fix.format(**names)
+        yield desired.fault(fault.check, names[fault.setting], value, why, fix)
+    for instance, got in layout(desired, survey):
         variable, value = _asked(instance)
-        mine = cards_of(instance, survey)
-        named = instance.items("gpus")
-        unknown = [str(number) for number in named if number not in [card["index"] for card in cards]]
-        if unknown:
-            why = f"There is no card {', '.join(unknown)}; the host has {listed}."
-            yield desired.fault(
-                "gpu_index", instance.variable("gpus"), instance.items("gpus"), why, "Name cards of these."
-            )
-            continue
-        tp = tp_of(instance, survey)
-        if tp > len(mine):
-            which = f"{instance.variable('gpus')} names {len(mine)}" if named else f"the host has {len(mine)}: {listed}"
-            fix = f"Set {variable} to auto, or to at most {automatic_tp(len(mine))}."
-            yield desired.fault("tp_gpus", variable, value, f"It takes {tp} cards, and {which}.", fix)
         size = size_of(desired, instance, survey)
-        if size and not tp_fits_heads(tp, size.heads, size.kv_heads):
+        if size and not tp_fits_heads(got.tp, size.heads, size.kv_heads):
             why = (
                 f"{instance.text('model')} has {size.heads} attention heads and {size.kv_heads} KV heads (from "
-                f"{size.source}), which can't be split over {tp} cards."
+                f"{size.source}), which can't be split over {got.tp} cards."
             )
-            fix = f"Set {variable} to {automatic_tp(tp, size.heads, size.kv_heads)}."
+            fix = f"Set {variable} to {automatic_tp(got.tp, size.heads, size.kv_heads)}."
             yield desired.fault("tp_heads", variable, value, why, fix)
+
+
+def check_idle_cards(desired: Desired, survey: Survey) -> Iterator[Finding]:
+    """gpu_lost, gpu_idle: every card answers, and is used where the inventory leaves that to us."""
+    gpu = survey["gpu"]
+    for said in gpu["lost"]:
+        why = f"A card of the host is lost, and the engine goes on without it. nvidia-smi says: {said}"
+        fix = "Restart the host; a card that is lost again has a fault, in its seat, its power supply or itself."
+        yield desired.warning("gpu_lost", "api_server_gpus", desired.items("api_server_gpus"), why, fix)
+    wanted, dealt = _wanted(desired, survey), [got for _instance, got in layout(desired, survey)]
+    idle = idle_cards(wanted, dealt, gpu, wsl=survey["wsl"]["is_wsl"])
+    if not idle:
+        return
+    instance = next(each for each, want in zip(desired.instances, wanted, strict=True) if not want.gpus and not want.tp)
+    variable, value = _asked(instance)
+    reasons: dict[str, list[str]] = {}
+    for card in idle:
+        reasons.setdefault(card.reason, []).append(str(card.index))
+    names = {card["index"]: card["name"] for card in gpu["cards"]}
+    parts = [f"{', '.join(numbers)} ({names[int(numbers[0])]}) {reason}" for reason, numbers in reasons.items()]
+    used = ", ".join(str(number) for got in dealt for number in got.gpus)
+    why = f"Of {len(gpu['cards'])} cards it takes {used or 'none'}. Of the rest, " + "; ".join(parts) + "."
+    fix = f"Nothing, if that is meant; then set {variable} and {instance.variable('gpus')}, and this ends."
+    if any("left over" in card.reason for card in idle):
+        fix += " Further engines (api_server_instances) can use cards that are left over."
+    yield desired.warning("gpu_idle", variable, value, why, fix)
 
 
 def check_mig(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """mig: a sliced card is not the card that its size promises."""
-    for instance in desired.instances:
-        sliced = [card for card in used_cards(instance, survey) if card["mig"]]
+    for instance, dealt in layout(desired, survey):
+        sliced = [card for card in cards_of(dealt, survey) if card["mig"]]
         if not sliced:
             continue
         why = f"Card {sliced[0]['index']} ({sliced[0]['name']}) is in MIG mode: it is cut into slices."
@@ -185,8 +212,8 @@ def check_mig(desired: Desired, survey: Survey) -> Iterator[Finding]:
 
 def check_busy_cards(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """gpu_busy: others compute on the engine's cards."""
-    for instance in desired.instances:
-        for card in used_cards(instance, survey):
+    for instance, dealt in layout(desired, survey):
+        for card in cards_of(dealt, survey):
             others = [
                 process
                 for process in survey["gpu"]["processes"]
@@ -206,8 +233,8 @@ def check_busy_cards(desired: Desired, survey: Survey) -> Iterator[Finding]:
 
 def check_joins(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """gpu_mixed, gpu_topology, wsl_tp, shm: what makes several cards slow or silent together."""
-    for instance in desired.instances:
-        cards = used_cards(instance, survey)
+    for instance, dealt in layout(desired, survey):
+        cards = cards_of(dealt, survey)
         variable, value = _asked(instance)
         if len(cards) < 2:
             continue
@@ -217,13 +244,21 @@ def check_joins(desired: Desired, survey: Survey) -> Iterator[Finding]:
             yield desired.warning(
                 "gpu_mixed", variable, value, why, f"Name equal cards in {instance.variable('gpus')}."
             )
-        used = {card["index"] for card in cards}
+        node = {card["index"]: card["numa"] for card in cards}
+        # Some boards say SYS also for cards on one processor.
         far = [
-            link for link in survey["gpu"]["links"] if link["link"] == "SYS" and {link["first"], link["second"]} <= used
+            link
+            for link in survey["gpu"]["links"]
+            if link["link"] == "SYS"
+            and {link["first"], link["second"]} <= node.keys()
+            and (node[link["first"]] != node[link["second"]] or node[link["first"]] < 0)
         ]
         if far:
-            why = f"Cards {far[0]['first']} and {far[0]['second']} talk across processors (SYS in nvidia-smi topo -m)."
-            fix = f"Name cards of one processor in {instance.variable('gpus')} if a smaller tp holds the model."
+            why = (
+                f"Its {len(cards)} cards are on several processors: {far[0]['first']} and {far[0]['second']} talk "
+                "across (SYS in nvidia-smi topo -m), which costs speed."
+            )
+            fix = f"Set {variable} to {len(cards) // 2} if that holds the model: then its cards are near each other."
             yield desired.warning("gpu_topology", variable, value, why, fix)
         if survey["wsl"]["is_wsl"]:
             why = "On WSL the cards can't share memory as NCCL wants it: several at once often hang."
@@ -253,12 +288,16 @@ def _quant_policy(instance: Instance) -> int:
     return {"int8": 8, "int4": 4}.get(given, whole(given) or 0)
 
 
-def _ratio(instance: Instance) -> float:
+def _given_ratio(instance: Instance) -> float | None:
     try:
-        ratio = float(instance.text("cache_max_entry_count") or CACHE_RATIO)
+        ratio = float(instance.text("cache_max_entry_count"))
     except ValueError:
-        return CACHE_RATIO
-    return ratio if 0 < ratio < 1 else CACHE_RATIO
+        return None
+    return ratio if 0 < ratio < 1 else None
+
+
+def _ratio(instance: Instance) -> float:
+    return _given_ratio(instance) or CACHE_RATIO
 
 
 def _judge_memory(
@@ -292,33 +331,45 @@ def _judge_memory(
     return None
 
 
+def _left_by(others: list[tuple[ModelSize, int, float]], room: float) -> float:
+    """Return what engines that came first leave of a card: each its weights, and of what it then finds its cache."""
+    for size, tp, ratio in others:
+        room = max(0.0, room - size.weight_bytes / tp - WORKSPACE_BYTES) * (1 - ratio)
+    return room
+
+
 def check_card_memory(desired: Desired, survey: Survey) -> Iterator[Finding]:
-    """memory: weights, room to work and one whole session fit on the cards, all instances of the host together."""
-    room = {card["uuid"]: float(free_bytes(card, survey)) for card in survey["gpu"]["cards"]}
-    shared: dict[str, str] = {}
-    for instance in desired.instances:
-        cards, tp = used_cards(instance, survey), tp_of(instance, survey)
-        if not cards or len(cards) < tp or any(card["mig"] for card in cards):
-            continue  # reported as tp_gpus or mig
-        size = size_of(desired, instance, survey)
+    """memory: weights, room to work and one whole session fit on the cards, also for the engine that starts last."""
+    free = {card["index"]: float(free_bytes(card, survey)) for card in survey["gpu"]["cards"]}
+    layed = [(each, got, size_of(desired, each, survey)) for each, got in layout(desired, survey)]
+    for number, (instance, dealt, size) in enumerate(layed):
+        cards = cards_of(dealt, survey)
+        if not cards or len(cards) < dealt.tp or any(card["mig"] or card["fault"] for card in cards):
+            continue  # reported as tp_gpus, mig or gpu_lost
         if size is None:
             why = "Neither files on the host nor the name tell how large it is, so nobody knows whether it fits."
             fix = "Fetch it first, or put its size into the name of the folder (such as my-model-7B)."
             yield desired.warning("memory", instance.variable("model"), instance.text("model"), why, fix)
             continue
-        tightest = min(cards, key=lambda card: room[card["uuid"]])
+        room, shared = {}, {}
+        for card in cards:
+            others = [
+                (each, other, got.tp)
+                for place, (each, got, other) in enumerate(layed)
+                if place != number and card["index"] in got.gpus and other is not None
+            ]
+            shared[card["index"]] = [each.unit for each, _size, _tp in others]
+            taken = [(other, tp, _ratio(each)) for each, other, tp in others]
+            room[card["index"]] = _left_by(taken, free[card["index"]])
+        tightest = min(cards, key=lambda card: room[card["index"]])
         where = f"card {tightest['index']} ({tightest['name']}, {tightest['memory_mib'] / 1024:.0f} GiB)"
-        finding = _judge_memory(desired, instance, size, tp, room[tightest["uuid"]], where)
-        if finding and tightest["uuid"] in shared:
-            hint = f" {shared[tightest['uuid']]} is on the same card: lower its cache_max_entry_count."
+        finding = _judge_memory(desired, instance, size, dealt.tp, room[tightest["index"]], where)
+        if finding and shared[tightest["index"]]:
+            units = " and ".join(shared[tightest["index"]])
+            hint = f" It shares the card with {units}: lower their cache_max_entry_count."
             finding = replace(finding, fix=finding.fix + hint)
         if finding:
             yield finding
-        for card in cards:
-            # The engine takes its share of what is free for the cache, so that much is gone for the next instance.
-            left = max(0.0, room[card["uuid"]] - size.weight_bytes / tp - WORKSPACE_BYTES)
-            room[card["uuid"]] = left * (1 - _ratio(instance))
-            shared[card["uuid"]] = instance.unit
 
 
 def check_host_memory(desired: Desired, survey: Survey) -> Iterator[Finding]:
@@ -361,6 +412,7 @@ GPU_CHECKS = (
     check_driver,
     check_capability,
     check_tp,
+    check_idle_cards,
     check_mig,
     check_busy_cards,
     check_joins,

@@ -16,6 +16,8 @@ GPU_FIELDS = (
     "index,uuid,name,driver_version,memory.total,memory.used,mig.mode.current,compute_cap",
     "index,uuid,name,driver_version,memory.total,memory.used,mig.mode.current",
 )
+# What stands in a row of a card that has fallen off the bus or hangs.
+FAULTY = re.compile(r"GPU is lost|Unknown Error|GPU requires reset|ERR!", re.IGNORECASE)
 PROCESS_FIELDS = "gpu_uuid,pid,process_name,used_memory"
 
 
@@ -40,7 +42,11 @@ class PathFacts(TypedDict):
 
 
 class Gpu(TypedDict):
-    """One card as nvidia-smi tells it; memory in MiB, ``compute_capability`` empty where the driver doesn't tell."""
+    """One card as nvidia-smi tells it; memory in MiB, ``compute_capability`` empty where the driver doesn't tell.
+
+    ``fault`` is what nvidia-smi says of a card that no longer answers. ``numa`` is the node that it hangs on, -1 where
+    nobody tells or there are several, and ``cpus`` the list of the CPUs beside it.
+    """
 
     index: int
     uuid: str
@@ -50,6 +56,9 @@ class Gpu(TypedDict):
     used_mib: int
     mig: bool
     compute_capability: str
+    fault: str
+    numa: int
+    cpus: str
 
 
 class GpuProcess(TypedDict):
@@ -71,7 +80,11 @@ class GpuLink(TypedDict):
 
 
 class GpuFacts(TypedDict):
-    """All about cards: ``program`` is nvidia-smi's path ('' = none), ``error`` why it gave no answer."""
+    """All about cards: ``program`` is nvidia-smi's path ('' = none), ``error`` why it gave no answer.
+
+    ``lost`` are nvidia-smi's words about cards that it can't even list. ``numa_nodes`` counts the host's nodes with
+    CPUs. ``dealt`` are the cards that units of the role api_server have, by their numbers.
+    """
 
     program: str
     error: str
@@ -79,6 +92,9 @@ class GpuFacts(TypedDict):
     cards: list[Gpu]
     processes: list[GpuProcess]
     links: list[GpuLink]
+    lost: list[str]
+    numa_nodes: int
+    dealt: dict[str, list[int]]
 
 
 class ModelFacts(TypedDict):
@@ -232,11 +248,14 @@ def _rows(text: str, columns: int) -> list[list[str]]:
 def parse_gpus(text: str) -> list[Gpu]:
     """Return the cards of ``nvidia-smi --query-gpu=GPU_FIELDS --format=csv,noheader,nounits``, either set of fields."""
     cards: list[Gpu] = []
-    for row in _rows(text, 7):
+    for place, row in enumerate(_rows(text, 7)):
         capability = row[7] if len(row) > 7 else ""
+        fault = next((field.strip("[] ") for field in row if FAULTY.search(field)), "")
+        number = _number(row[0])
         cards.append(
             {
-                "index": _number(row[0]),
+                # A lost card may not even tell its number; the rows come in the order of the numbers.
+                "index": number if number >= 0 else place,
                 "uuid": row[1],
                 "name": row[2],
                 "driver": row[3],
@@ -244,9 +263,17 @@ def parse_gpus(text: str) -> list[Gpu]:
                 "used_mib": max(0, _number(row[5])),
                 "mig": row[6] == "Enabled",
                 "compute_capability": capability if re.fullmatch(r"\d+\.\d+", capability) else "",
+                "fault": fault,
+                "numa": -1,
+                "cpus": "",
             }
         )
     return cards
+
+
+def parse_lost(text: str) -> list[str]:
+    """Return what nvidia-smi says of cards that have no row."""
+    return [line.strip() for line in text.splitlines() if re.match(r"\s*Unable to determine the device handle", line)]
 
 
 def parse_gpu_processes(text: str) -> list[GpuProcess]:
@@ -261,23 +288,39 @@ def parse_gpu_processes(text: str) -> list[GpuProcess]:
     return [process for process in found if process["pid"] > 0]
 
 
-def parse_topology(text: str) -> list[GpuLink]:
-    """Return the links between cards of ``nvidia-smi topo -m``, each pair once."""
+def _matrix(text: str) -> list[tuple[int, dict[str, str]]]:
+    """Return the rows of cards in ``nvidia-smi topo -m``: number of the card, and its fields by their headings."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [[field.strip() for field in line.split("\t")] for line in plain.splitlines()]
     # The header begins with a tab, which others may have stripped.
-    header = next((line for line in lines if "GPU0" in line[:2] and "GPU1" in line), [])
+    header = next((line for line in lines if "GPU0" in line[:2] and {"GPU1", "CPU Affinity"} & set(line)), [])
     names = [name for name in header if name]
-    links: list[GpuLink] = []
+    found = []
     for line in lines:
         own = re.fullmatch(r"GPU(\d+)", line[0])
-        if not own or line is header:
-            continue
-        for name, link in zip(names, line[1:], strict=False):
+        if own and line is not header:
+            found.append((int(own.group(1)), dict(zip(names, line[1:], strict=False))))
+    return found
+
+
+def parse_topology(text: str) -> list[GpuLink]:
+    """Return the links between cards of ``nvidia-smi topo -m``, each pair once."""
+    links: list[GpuLink] = []
+    for own, fields in _matrix(text):
+        for name, link in fields.items():
             other = re.fullmatch(r"GPU(\d+)", name)
-            if other and int(own.group(1)) < int(other.group(1)):
-                links.append({"first": int(own.group(1)), "second": int(other.group(1)), "link": link})
+            if other and own < int(other.group(1)):
+                links.append({"first": own, "second": int(other.group(1)), "link": link})
     return links
+
+
+def parse_nodes(text: str) -> dict[int, tuple[int, str]]:
+    """Return for each card of ``nvidia-smi topo -m`` its NUMA node (-1: unknown, or several) and the CPUs beside it."""
+    found = {}
+    for own, fields in _matrix(text):
+        node = fields.get("NUMA Affinity", "")
+        found[own] = (int(node) if re.fullmatch(r"[0-9]{1,4}", node) else -1, fields.get("CPU Affinity", ""))
+    return found
 
 
 def _whole(config: dict[str, Any], *names: str) -> int:

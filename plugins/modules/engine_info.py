@@ -49,6 +49,12 @@ gpus:
   description: How many GPUs nvidia-smi lists.
   returned: always
   type: int
+gpu:
+  description:
+    - The GPUs, how they are joined, on which NUMA node each hangs, and what computes on them; see C(GpuFacts) in
+      C(plugins/module_utils/preflight_survey.py).
+  returned: always
+  type: dict
 wsl:
   description: Whether the host is a WSL machine.
   returned: always
@@ -61,6 +67,10 @@ models:
   description: The real path of each given model that is there.
   returned: always
   type: dict
+model_facts:
+  description: Weights, layers and heads of each given model that is there, as C(ModelFacts) in the same file.
+  returned: always
+  type: dict
 units:
   description: Engine units of the role api_server that are installed, without their suffix.
   returned: always
@@ -68,48 +78,14 @@ units:
   elements: str
 """
 
-import shutil
-import subprocess
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.host_look import survey_gpus, survey_model
 
-# WSL puts the driver's programs there, outside of a service's PATH.
-WSL_PROGRAMS = "/usr/lib/wsl/lib"
-NVIDIA_VENDOR = "0x10de"
-DISPLAY_CLASS = "0x03"
 UNITS = Path("/etc/systemd/system")
 # In the first line of each unit of the role; a unit of the same name by another hand is not ours.
 MARK = "selfhost.lmdeploy.api_server"
-
-
-def count_gpus(listing: str) -> int:
-    """Return the number of GPUs in the output of `nvidia-smi -L`; the lines of MIG slices are not GPUs."""
-    return sum(line.startswith("GPU ") for line in listing.splitlines())
-
-
-def listed_gpus() -> int:
-    """Return how many GPUs the driver lists, 0 where there is no driver."""
-    program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=WSL_PROGRAMS)
-    if program is None:
-        return 0
-    try:
-        done = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return count_gpus(done.stdout)
-
-
-def has_nvidia_hardware(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Tell whether an NVIDIA display device is on the bus, with a working driver or not."""
-    for device in devices.glob("*"):
-        try:
-            vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
-        except OSError:
-            continue
-        if vendor == NVIDIA_VENDOR and kind.startswith(DISPLAY_CLASS):
-            return True
-    return False
 
 
 def is_wsl(release: Path = Path("/proc/sys/kernel/osrelease")) -> bool:
@@ -141,14 +117,16 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    gpus = listed_gpus()
+    gpu = survey_gpus()
     module.exit_json(
         changed=False,
-        engine="lmdeploy" if gpus or has_nvidia_hardware() else "llama_cpp",
-        gpus=gpus,
+        engine="lmdeploy" if gpu["cards"] or gpu["pci_devices"] else "llama_cpp",
+        gpus=len(gpu["cards"]),
+        gpu=gpu,
         wsl=is_wsl(),
         release=real(module.params["environment"]),
         models={path: real(path) for path in module.params["models"] if real(path)},
+        model_facts={path: survey_model(path) for path in module.params["models"] if real(path)},
         units=own_units(),
     )
 

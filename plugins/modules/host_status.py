@@ -53,6 +53,14 @@ services:
       description: ID of the environment's release.
       type: str
       sample: 3f1c5a7be210
+    libraries:
+      description: The CUDA libraries that LMDeploy loads, with the packages that bring them, as proven at installation.
+      type: dict
+      sample: {libnccl.so.2: nvidia-nccl-cu12 2.27.5}
+    gpus:
+      description: GPUs that an engine was given, by nvidia-smi's numbers; empty where it has the only one.
+      type: str
+      sample: 0,1
     model:
       description: Name of the model that an engine serves.
       type: str
@@ -100,6 +108,8 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import ur
 UNITS = Path("/etc/systemd/system")
 ENGINES = Path("/etc/api-server")
 INTERFACE = "open-webui.service"
+# What the module lmdeploy_release leaves in a release.
+PROOF = "lmdeploy.json"
 # Program -> the Python package whose version is the program's.
 PACKAGES = {"lmdeploy": "lmdeploy", "llama_cpp": "xllamacpp", "open_webui": "open_webui"}
 PROPERTIES = ("ActiveState", "ActiveEnterTimestamp", "NRestarts", "UnitFileState", "StatusText", "ExecStart")
@@ -128,6 +138,15 @@ def version_of(package: str, prefix: Path | None) -> str:
     return found[0].name.removesuffix(".dist-info").removeprefix(f"{package}-") if found else ""
 
 
+def libraries_of(prefix: Path | None) -> dict[str, str]:
+    """Return which package brings each CUDA library, as the role lmdeploy proved the release; nothing elsewhere."""
+    try:
+        found = json.loads((prefix / PROOF).read_text(encoding="utf-8"))["providers"] if prefix else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def value_after(words: list[str], flag: str, otherwise: str) -> str:
     """Return the word behind a flag."""
     return words[words.index(flag) + 1] if flag in words[:-1] else otherwise
@@ -143,6 +162,7 @@ def what_runs(unit: str, words: list[str], engines: Path) -> dict[str, Any]:
         "program": instance["engine"],
         "model": instance["model_name"],
         "model_path": instance["model_path"],
+        "gpus": str(instance.get("environment", {}).get("CUDA_VISIBLE_DEVICES", "")),
         "url": url(instance["host"], instance["port"]),
     }
 
@@ -161,7 +181,7 @@ def service(unit: str, shown: dict[str, str], engines: Path, timeout_seconds: fl
     """Return everything about one unit; what can't be read is empty."""
     words = command(shown.get("ExecStart", ""))
     prefix = release_of(words[0]) if words else None
-    known: dict[str, Any] = {"unit": unit, "program": "", "model": "", "model_path": "", "url": ""}
+    known: dict[str, Any] = {"unit": unit, "program": "", "model": "", "model_path": "", "gpus": "", "url": ""}
     try:
         known.update(what_runs(unit, words, engines))
     except (OSError, ValueError, KeyError) as fault:
@@ -170,6 +190,7 @@ def service(unit: str, shown: dict[str, str], engines: Path, timeout_seconds: fl
         "gate": shown.get("StatusText", ""),
         **known,
         "version": version_of(PACKAGES.get(known["program"], "-"), prefix),
+        "libraries": libraries_of(prefix),
         "release": prefix.name if prefix and prefix.parent.parent.name == "releases" else "",
         "state": shown.get("ActiveState", "unknown"),
         "since": shown.get("ActiveEnterTimestamp", ""),

@@ -92,80 +92,30 @@ survey:
 """
 
 import base64
-import json
 import os
 import platform
-import queue
 import re
-import shutil
 import ssl
-import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import preflight_survey as facts
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.host_look import (
+    in_parallel,
+    read,
+    run,
+    survey_gpus,
+    survey_model,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-T = TypeVar("T")
-
-NVIDIA_SMI = ("/usr/bin/nvidia-smi", "/usr/local/nvidia/bin/nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")
-# Eight cards without persistence mode take their time to wake.
-NVIDIA_SMI_SECONDS = 30.0
-PCI_NVIDIA = "0x10de"
-PCI_DISPLAY = "0x03"
-# A config.json is a few KiB; what is larger is something else.
-CONFIG_LIMIT_BYTES = 1 << 20
-
-
-def read(path: str | Path) -> str:
-    """Return a file's text, '' where it can't be read: a survey tells what it can see."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def run(command: list[str], timeout_seconds: float) -> tuple[int, str]:
-    """Return a command's status and its output, errors included; status 127 where it is missing or too slow."""
-    try:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_seconds,
-            check=False,
-            env={"LC_ALL": "C", "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")},
-        )
-    except subprocess.TimeoutExpired:
-        return 127, f"{command[0]} gave no answer within {timeout_seconds:.0f} s"
-    except OSError as error:
-        return 127, str(error)
-    return done.returncode, done.stdout.decode("utf-8", "replace").rstrip()
-
-
-def in_parallel(jobs: dict[str, Callable[[], T]], timeout_seconds: float) -> dict[str, T]:
-    """Return the answers of the jobs that ended in time. Threads that hang (in DNS, say) are left to die with us."""
-    answers: queue.SimpleQueue[tuple[str, T]] = queue.SimpleQueue()
-    for name, job in jobs.items():
-        threading.Thread(target=lambda n=name, j=job: answers.put((n, j())), daemon=True).start()
-    found: dict[str, T] = {}
-    deadline = time.monotonic() + timeout_seconds
-    while len(found) < len(jobs):
-        try:
-            name, answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            break
-        found[name] = answer
-    return found
+    from collections.abc import Iterable
 
 
 def survey_wsl() -> facts.WslFacts:
@@ -185,54 +135,6 @@ def survey_wsl() -> facts.WslFacts:
         "conf_systemd": facts.wsl_conf_systemd(read("/etc/wsl.conf")),
         "linux_drivers": sorted(drivers),
     }
-
-
-def count_pci_cards() -> int:
-    """Return how many NVIDIA display devices the bus shows, driver or not."""
-    folders = Path("/sys/bus/pci/devices").glob("*")
-    return sum(
-        read(folder / "vendor").strip() == PCI_NVIDIA and read(folder / "class").startswith(PCI_DISPLAY)
-        for folder in folders
-    )
-
-
-def survey_gpus(timeout_seconds: float) -> facts.GpuFacts:
-    """Ask nvidia-smi for the cards, what runs on them and how they are joined."""
-    program = shutil.which("nvidia-smi") or next((path for path in NVIDIA_SMI if os.access(path, os.X_OK)), "")
-    found: facts.GpuFacts = {
-        "program": program, "error": "", "pci_devices": count_pci_cards(), "cards": [], "processes": [], "links": [],
-    }  # fmt: skip
-    if not program:
-        return found
-
-    def ask(*options: str) -> tuple[int, str]:
-        return run([program, *options], timeout_seconds)
-
-    def ask_cards() -> tuple[int, str]:
-        for fields in facts.GPU_FIELDS:
-            status, text = ask(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-            if "not a valid field" not in text:
-                break
-        return status, text
-
-    answers = in_parallel(
-        {
-            "cards": ask_cards,
-            "processes": lambda: ask(f"--query-compute-apps={facts.PROCESS_FIELDS}", "--format=csv,noheader,nounits"),
-            "links": lambda: ask("topo", "-m"),
-        },
-        timeout_seconds + 1,
-    )
-    status, text = answers.get("cards", (127, f"nvidia-smi gave no answer within {timeout_seconds:.0f} s"))
-    if status != 0:
-        found["error"] = text or f"nvidia-smi ended with status {status}"
-        return found
-    found["cards"] = facts.parse_gpus(text)
-    found["processes"] = facts.parse_gpu_processes(answers.get("processes", (127, ""))[1])
-    for process in found["processes"]:
-        process["unit"] = facts.unit_of_cgroup(read(f"/proc/{process['pid']}/cgroup"))
-    found["links"] = facts.parse_topology(answers.get("links", (127, ""))[1])
-    return found
 
 
 def survey_path(path: str, mounts: str) -> facts.PathFacts:
@@ -291,26 +193,6 @@ def survey_listeners(ports: Iterable[int]) -> list[facts.Listener]:
             }
         )
     return found
-
-
-def survey_model(path: str) -> facts.ModelFacts:
-    """Tell the size of a model's weights and what its config.json says."""
-    place = Path(path)
-    if place.is_file():
-        return facts.model_facts({}, place.stat().st_size)
-    if not place.is_dir():
-        return {**facts.model_facts({}, 0), "exists": False}
-    sizes = {
-        suffix: sum(file.stat().st_size for file in place.glob(f"*{suffix}"))
-        for suffix in (".safetensors", ".bin", ".gguf")
-    }
-    config: Any = {}
-    if (place / "config.json").is_file() and (place / "config.json").stat().st_size < CONFIG_LIMIT_BYTES:
-        try:
-            config = json.loads(read(place / "config.json"))
-        except ValueError:
-            config = {}
-    return facts.model_facts(config, next((size for size in sizes.values() if size), 0))
 
 
 def survey_environment(path: str, packages: Iterable[str]) -> facts.EnvironmentFacts:
@@ -414,7 +296,7 @@ def survey(parameters: dict[str, Any]) -> dict[str, Any]:
         "memory_free_bytes": memory.get("MemAvailable", 0),
         "shm_bytes": shm.f_blocks * shm.f_frsize if shm else 0,
         "wsl": survey_wsl(),
-        "gpu": survey_gpus(NVIDIA_SMI_SECONDS),
+        "gpu": survey_gpus(),
         "paths": {path: survey_path(path, mounts) for path in parameters["paths"]},
         "listeners": survey_listeners(parameters["ports"]),
         "models": {path: survey_model(path) for path in parameters["models"]},

@@ -80,9 +80,10 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.lmdeploy_proof import (
     DRIVER_LIBRARY,
-    LIBRARIES,
+    cuda_libraries,
     library_faults,
     loaded,
+    providers,
 )
 
 PROOF = "lmdeploy.json"
@@ -134,8 +135,12 @@ def prove(module: AnsibleModule, prefix: Path) -> dict[str, Any]:
                 f"The release {prefix} was built but is not used, because TurboMind does not load, and LMDeploy would "
                 f"silently serve with its PyTorch backend:\n{tail(err)}"
             )
-    libraries = {name: path for name, path in paths.items() if name.startswith(LIBRARIES)}
-    return {"cli": facts, "libraries": libraries, "driver": driver}
+    return {
+        "cli": facts,
+        "libraries": cuda_libraries(paths),
+        "providers": providers(site_packages, ldd),
+        "driver": driver,
+    }
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:

@@ -46,9 +46,12 @@ options:
       - "C(flag): extra arguments are known to the wanted LMDeploy and not set by a variable."
       - "C(gpu_busy): warning: others compute on the engine's cards."
       - "C(gpu_driver): NVIDIA's driver answers and is new enough for the wheels."
+      - "C(gpu_idle): warning: cards stay without work, with the reason."
       - "C(gpu_index): the cards that an instance names exist."
+      - "C(gpu_lost): every card answers; an error only where an instance names the lost one."
       - "C(gpu_missing): a host of LMDeploy has an NVIDIA card."
       - "C(gpu_mixed): warning: one engine runs on unequal cards."
+      - "C(gpu_shared): engines on one card have cache ratios that fit together."
       - "C(gpu_topology): warning: one engine's cards talk across processors."
       - "C(hostile_text): names, paths and addresses hold nothing that means more in a unit or an environment file."
       - "C(instance_name): names of instances are plain and stand once."
@@ -142,6 +145,10 @@ engine:
   type: str
 tp:
   description: For each unit of LMDeploy the number of cards that it will use.
+  returned: when the engine is LMDeploy
+  type: dict
+gpus:
+  description: For each unit of LMDeploy the numbers of the cards that it will use.
   returned: when the engine is LMDeploy
   type: dict
 report:

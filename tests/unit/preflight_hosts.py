@@ -70,18 +70,25 @@ def machine(name: str) -> facts.GpuFacts:
         return (folder / file).read_text() if (folder / file).exists() else ""
 
     assert folder.is_dir()
+    cards, nodes = facts.parse_gpus(text("gpus.csv")), facts.parse_nodes(text("topology.txt"))
+    for card in cards:
+        card["numa"], card["cpus"] = nodes.get(card["index"], (-1, ""))
     return {
         "program": "/usr/bin/nvidia-smi",
         "error": text("error.txt").rstrip(),
         "pci_devices": 1,
-        "cards": facts.parse_gpus(text("gpus.csv")),
+        "cards": cards,
         "processes": facts.parse_gpu_processes(text("processes.csv")),
         "links": facts.parse_topology(text("topology.txt")),
+        "lost": facts.parse_lost(text("gpus.csv")),
+        "numa_nodes": max([node for node, _cpus in nodes.values()], default=0) + 1,
+        "dealt": {},
     }
 
 
 NO_CARD: facts.GpuFacts = {
-    "program": "", "error": "", "pci_devices": 0, "cards": [], "processes": [], "links": [],
+    "program": "", "error": "", "pci_devices": 0, "cards": [], "processes": [], "links": [], "lost": [],
+    "numa_nodes": 1, "dealt": {},
 }  # fmt: skip
 
 

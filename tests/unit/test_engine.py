@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import preflight_hosts as hosts
 import pytest
 from ansible.errors import AnsibleFilterError
 from ansible_collections.selfhost.lmdeploy.plugins.filter.engine_instances import engine_instances as as_filter
@@ -191,16 +192,89 @@ def test_the_filters_tell_the_faults_as_ansible_does() -> None:
         as_filter({**PLAIN, "port": 70000}, [], {}, {"engine": "lmdeploy", "models_dir": "/m", "allowed_networks": []})
 
 
+# -- cards ------------------------------------------------------------------------------------------------------------
+
+
+def on_machine(name: str, *named: dict[str, Any], wsl: bool = False, **plain: Any) -> list[dict[str, Any]]:
+    """Return the instances on a machine of the fixtures; the model's files are not there yet."""
+    numa = plain.pop("numa_affinity", "auto")
+    gpu = hosts.machine(name)
+    host = {"gpus": len(gpu["cards"]), "gpu": gpu, "wsl": wsl, "models": {}, "model_facts": {}}
+    settings = {"engine": "lmdeploy", "models_dir": "/m", "drain_seconds": 30, "allowed_networks": []}
+    return engine.engine_instances({**PLAIN, **plain}, list(named), host, {**settings, "numa_affinity": numa})
+
+
+def test_cards_are_dealt_and_reach_the_process_by_their_place_on_the_bus() -> None:
+    first, second = on_machine(
+        "a6000_8_pairs", {"name": "a", "tp": 2}, {"name": "b", "port": 23334, "model": "OpenGVLab/InternVL3-8B"}
+    )
+    environment = second["launcher"]["environment"]
+    assert (first["gpus"], second["gpus"]) == ([4, 5], [0, 1, 2, 3])
+    assert (environment["CUDA_VISIBLE_DEVICES"], environment["CUDA_DEVICE_ORDER"]) == ("0,1,2,3", "PCI_BUS_ID")
+    assert second["launcher"]["arguments"][-2:] == ["--tp", "4"]
+    assert second["unit_lines"] == ["NUMAPolicy=preferred", "NUMAMask=0", "CPUAffinity=numa"]
+
+
+def test_heads_bound_tp_also_in_the_role() -> None:
+    (one,) = on_machine("h100_8_nvlink", model="OpenGVLab/InternVL3-8B")
+    assert (one["tp"], one["gpus"]) == (4, [0, 1, 2, 3])
+    (one,) = on_machine("h100_8_nvlink")
+    assert one["tp"] == 8
+    assert one["unit_lines"] == []
+
+
+def test_one_card_needs_no_choice() -> None:
+    (one,) = on_machine("rtx3090")
+    assert "CUDA_VISIBLE_DEVICES" not in one["launcher"]["environment"]
+    assert (one["tp"], one["gpus"], one["unit_lines"]) == (1, [], [])
+
+
+def test_a_unit_is_bound_to_no_node_on_wsl_or_when_told_so() -> None:
+    assert on_machine("h100_8_nvlink", tp=2)[0]["unit_lines"]
+    assert on_machine("h100_8_nvlink", tp=2, numa_affinity="off")[0]["unit_lines"] == []
+    assert on_machine("h100_8_nvlink", tp=2, wsl=True)[0]["unit_lines"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "text"),
+    [
+        (
+            "rtx3090_pair",
+            {"tp": 4},
+            "api_server_tp is 4: It takes 4 cards, and the host has 2: 0 (NVIDIA GeForce RTX 3090)",
+        ),
+        (
+            "rtx3090_pair",
+            {"tp": 2, "gpus": [1]},
+            "api_server_gpus names 1. Set api_server_tp to auto, or to at most 1.",
+        ),
+        ("rtx3090_pair", {"gpus": [7]}, "api_server_gpus is [7]: There is no card 7; the host has 0 (NVIDIA"),
+        ("h100_8_one_lost", {"gpus": [5]}, "api_server_gpus is [5]: Card 5 does not answer: GPU is lost."),
+    ],
+)
+def test_what_the_cards_do_not_allow_is_refused(name: str, plain: dict[str, Any], text: str) -> None:
+    with pytest.raises(engine.EngineFault) as caught:
+        on_machine(name, **plain)
+    assert text in str(caught.value)
+
+
+def test_engines_that_would_fight_over_a_card_are_refused() -> None:
+    pair = ({"name": "a"}, {"name": "b", "port": 23334, "cache_max_entry_count": 0.4})
+    with pytest.raises(engine.EngineFault) as caught:
+        on_machine("rtx3090", *pair, model="OpenGVLab/InternVL3-1B")
+    assert "api_server_instances[a].cache_max_entry_count is None: api-server-a and api-server-b share card 0" in str(
+        caught.value
+    )
+    assert len(on_machine("rtx3090", *pair, model="OpenGVLab/InternVL3-1B", cache_max_entry_count=0.5)) == 2
+
+
 # -- small rules ------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 4096))
-def test_auto_tp_is_the_largest_power_of_two_that_fits(gpus: int) -> None:
-    tp = engine.tensor_parallel("auto", gpus, wsl=False)
-    assert tp & (tp - 1) == 0
-    assert tp <= max(gpus, 1) < 2 * tp or gpus == 0
-    assert engine.tensor_parallel("auto", gpus, wsl=True) == 1
-    assert engine.tensor_parallel("2", gpus, wsl=True) == 2
+def test_tp_where_nothing_but_the_number_of_cards_is_known() -> None:
+    assert [engine.tensor_parallel("auto", gpus, wsl=False) for gpus in (0, 1, 3, 8)] == [1, 1, 2, 8]
+    assert engine.tensor_parallel("auto", 8, wsl=True) == 1
+    assert engine.tensor_parallel("2", 8, wsl=True) == 2
 
 
 @given(st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}/[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}", fullmatch=True))

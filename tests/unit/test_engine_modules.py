@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import host_look
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.openai_api import ApiFault, OpenAI, probe
 from ansible_collections.selfhost.lmdeploy.plugins.modules import engine_info
 from fake_engine import FakeEngine
@@ -56,24 +57,25 @@ def test_a_dead_port_and_a_bad_url_are_faults() -> None:
         OpenAI("127.0.0.1:9")
 
 
-def test_gpus_are_counted_and_their_slices_are_not() -> None:
-    listing = (
-        "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\n  MIG 1g.10gb     Device  0: (UUID: MIG-2)\n"
-        "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-3)\n"
-    )
-    assert engine_info.count_gpus(listing) == 2
-    assert engine_info.count_gpus("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.") == 0
-
-
 def test_a_card_without_a_driver_is_still_a_card(tmp_path: Path) -> None:
-    assert not engine_info.has_nvidia_hardware(tmp_path)
+    assert host_look.count_pci_cards(tmp_path) == 0
     for name, vendor, kind in (("0", "0x8086", "0x030000"), ("1", "0x10de", "0x040300")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
         (tmp_path / name / "class").write_text(f"{kind}\n")
-    assert not engine_info.has_nvidia_hardware(tmp_path), "an Intel card and the sound of an NVIDIA one"
+    assert host_look.count_pci_cards(tmp_path) == 0, "an Intel card and the sound of an NVIDIA one"
     (tmp_path / "1/class").write_text("0x030200\n")
-    assert engine_info.has_nvidia_hardware(tmp_path)
+    assert host_look.count_pci_cards(tmp_path) == 1
+
+
+def test_the_cards_that_a_unit_has_are_read_from_its_instance_file(tmp_path: Path) -> None:
+    (tmp_path / "api-server-a.json").write_text('{"environment": {"CUDA_VISIBLE_DEVICES": "2,3"}}')
+    (tmp_path / "api-server-b.json").write_text('{"environment": {}}')
+    (tmp_path / "api-server-c.json").write_text('{"environment": {"CUDA_VISIBLE_DEVICES": "GPU-1"}}')
+    (tmp_path / "api-server-d.json").write_text("[]")
+    (tmp_path / "api-server-e.json").write_text("{broken")
+    assert host_look.dealt_cards(tmp_path) == {"api-server-a.service": [2, 3]}
+    assert host_look.dealt_cards(tmp_path / "none") == {}
 
 
 def test_only_the_roles_own_units_are_found(tmp_path: Path) -> None:

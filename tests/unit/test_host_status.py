@@ -45,6 +45,8 @@ def release(tmp_path: Path) -> Path:
     packages = tmp_path / "releases/x/0123456789ab/lib/python3.11/site-packages"
     for name in ("lmdeploy-0.18.0", "xllamacpp-0.2.1", "open_webui-0.12.4"):
         (packages / f"{name}.dist-info").mkdir(parents=True)
+    proof = {"providers": {"libnccl.so.2": "nvidia-nccl-cu12 2.27.5"}}
+    (tmp_path / "releases/x/0123456789ab/lmdeploy.json").write_text(json.dumps(proof), encoding="utf-8")
     link = tmp_path / "envs/x"
     link.parent.mkdir()
     link.symlink_to(tmp_path / "releases/x/0123456789ab")
@@ -72,6 +74,7 @@ def instance(folder: Path, port: int, engine: str = "lmdeploy") -> None:
         "model_path": "/var/lib/models/m",
         "host": "127.0.0.1",
         "port": port,
+        "environment": {"CUDA_VISIBLE_DEVICES": "2,3"},
     }
     (folder / "api-server.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -85,6 +88,8 @@ def test_an_engine_is_told_whole(tmp_path: Path, release: Path, port: int, engin
         "program": engine,
         "version": version,
         "release": "0123456789ab",
+        "libraries": {"libnccl.so.2": "nvidia-nccl-cu12 2.27.5"},
+        "gpus": "2,3",
         "model": "m",
         "model_path": "/var/lib/models/m",
         "url": f"http://127.0.0.1:{port}",
@@ -117,6 +122,7 @@ def test_a_damaged_host_is_told_and_not_a_crash(tmp_path: Path) -> None:
     found = host_status.service("api-server.service", shown(tmp_path / "gone/bin/python", "x"), tmp_path, 2)
     assert (found["version"], found["release"], found["healthy"]) == ("", "", False)
     assert "is damaged" in found["gate"]
+    assert found["libraries"] == {}
     assert host_status.service("api-server.service", {}, tmp_path, 2)["state"] == "unknown"
 
 
@@ -131,4 +137,5 @@ def test_the_table_has_a_line_for_each_service_and_for_hosts_without(tmp_path: P
     assert "not at boot" in lines[2]
     assert lines[3].split() == ["bare", "nothing", "installed"]
     assert lines[4].endswith("could not be asked")
+    assert lines[5:] == ["lmdeploy 0.18.0 0123456789ab loads libnccl.so.2 (nvidia-nccl-cu12 2.27.5)"]
     assert len({line.index(one["url"]) for line in lines[1:3]} | {lines[0].index("ADDRESS")}) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import host_look
 from ansible_collections.selfhost.lmdeploy.plugins.modules import host_survey
 
 if TYPE_CHECKING:
@@ -131,12 +132,12 @@ def test_a_model_is_weighed(tmp_path: Path) -> None:
     (tmp_path / "old.bin").write_bytes(b"x" * 1000)
     (tmp_path / "config.json").write_text('{"llm_config": {"num_attention_heads": 40}}')
     (tmp_path / "model.gguf").write_bytes(b"x" * 7)
-    assert host_survey.survey_model(str(tmp_path))["weight_bytes"] == 30
-    assert host_survey.survey_model(str(tmp_path))["heads"] == 40
-    assert host_survey.survey_model(str(tmp_path / "model.gguf"))["weight_bytes"] == 7
-    assert not host_survey.survey_model(str(tmp_path / "none"))["exists"]
+    assert host_look.survey_model(str(tmp_path))["weight_bytes"] == 30
+    assert host_look.survey_model(str(tmp_path))["heads"] == 40
+    assert host_look.survey_model(str(tmp_path / "model.gguf"))["weight_bytes"] == 7
+    assert not host_look.survey_model(str(tmp_path / "none"))["exists"]
     (tmp_path / "config.json").write_text("{broken")
-    assert host_survey.survey_model(str(tmp_path))["heads"] == 0
+    assert host_look.survey_model(str(tmp_path))["heads"] == 0
 
 
 def test_installed_versions_are_read_from_metadata_folders(tmp_path: Path) -> None:
@@ -163,17 +164,29 @@ def test_an_old_driver_is_asked_again_in_its_own_words(tmp_path: Path, monkeypat
       *topo*) echo 'no' ;;
     esac"""
     fake_smi(tmp_path, monkeypatch, body)
-    found = host_survey.survey_gpus(5)
+    found = host_look.survey_gpus(5)
     assert found["cards"][0]["driver"] == "470.256.02"
     assert found["error"] == ""
 
 
+def test_the_cards_that_are_left_are_told_beside_the_lost_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Path(__file__).parent / "fixtures/nvidia_smi/rtx3090_4_one_gone"
+    body = f"""case "$*" in
+      *--query-gpu*) cat {machine}/gpus.csv; exit 15 ;;
+      *topo*) cat {machine}/topology.txt ;;
+    esac"""
+    fake_smi(tmp_path, monkeypatch, body)
+    found = host_look.survey_gpus(5)
+    assert (found["error"], len(found["cards"]), len(found["lost"])) == ("", 3, 1)
+    assert [(card["numa"], card["cpus"]) for card in found["cards"]][1:] == [(0, "0-15,32-47"), (1, "16-31,48-63")]
+
+
 def test_a_driver_that_fails_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_smi(tmp_path, monkeypatch, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
-    assert "version mismatch" in host_survey.survey_gpus(5)["error"]
+    assert "version mismatch" in host_look.survey_gpus(5)["error"]
     fake_smi(tmp_path, monkeypatch, "exec sleep 30")
     began = time.monotonic()
-    assert "no answer within" in host_survey.survey_gpus(0.3)["error"]
+    assert "no answer within" in host_look.survey_gpus(0.3)["error"]
     assert time.monotonic() - began < 3
 
 

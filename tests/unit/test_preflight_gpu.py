@@ -47,11 +47,44 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
     ("tp_gpus", wish(api_server_tp=16), on("h100_8_nvlink"), ["16", "at most 8"]),
     ("tp_gpus", wish(api_server_tp=4, api_server_gpus=[0, 1]), on("h100_4_nvlink"), ["api_server_gpus names 2"]),
     ("tp_heads", wish(api_server_model=TINY, api_server_tp=4), on("h100_4_nvlink"), ["14 attention heads", "to 2"]),
-    ("tp_heads", wish(), on("h100_8_nvlink"), ["api_server_tp = auto", "28 attention heads", "to 4"]),
+    ("tp_heads", wish(api_server_tp=8), on("h100_8_nvlink"), ["api_server_tp = 8", "28 attention heads", "to 4"]),
+    (
+        "gpu_idle",
+        wish(),
+        on("h100_8_nvlink"),
+        ["api_server_tp = auto", "takes 0, 1, 2, 3", "4, 5, 6, 7", "28 attention"],
+    ),
+    ("gpu_idle", wish(), on("mixed_4090_3090"), ["Of 2 cards it takes", "of another kind"]),
+    ("gpu_idle", wish(), on("h100_mig"), ["it takes 1", "0 (NVIDIA H100 80GB HBM3) is in MIG mode"]),
+    ("gpu_idle", wish(), on("wsl_rtx3090_pair", wsl=WSL), ["WSL", "NCCL"]),
+    (
+        "gpu_idle",
+        wish(api_server_model=SEED),
+        on("a6000_8_three_busy"),
+        ["takes 0, 1, 2, 3", "5, 6, 7", "busy with others"],
+    ),
     ("gpu_index", wish(api_server_gpus=[4]), on("h100_4_nvlink"), ["no card 4", "0 (NVIDIA H100"]),
-    ("mig", wish(), on("h100_mig"), ["MIG", "nvidia-smi -mig 0"]),
+    ("mig", wish(api_server_gpus=[0]), on("h100_mig"), ["MIG", "nvidia-smi -mig 0"]),
+    ("gpu_lost", wish(api_server_model=TINY), on("rtx3090_4_one_gone"), ["nvidia-smi says", "0000:81:00.0", "Restart"]),
+    (
+        "gpu_lost",
+        wish(api_server_gpus=[4, 5]),
+        on("h100_8_one_lost"),
+        ["api_server_gpus = [4, 5]", "Card 5 does not answer"],
+    ),
+    (
+        "gpu_shared",
+        wish(api_server_instances=instances({"cache_max_entry_count": 0.5}, {})),
+        on("rtx3090"),
+        [
+            "api_server_cache_max_entry_count = None",
+            "api-server-i0 and api-server-i1 share card 0",
+            "0.5, unset (0.8)",
+            "0.4",
+        ],
+    ),
     ("gpu_busy", wish(api_server_model=TINY), on("rtx4090_desktop"), ["2211", "8012 MiB", "3120 (python3, 604 MiB)"]),
-    ("gpu_mixed", wish(), on("mixed_4090_3090"), ["RTX 3090", "RTX 4090"]),
+    ("gpu_mixed", wish(api_server_tp=2), on("mixed_4090_3090"), ["RTX 3090", "RTX 4090"]),
     ("gpu_topology", wish(), on("rtx4090_4_two_sockets"), ["SYS", "api_server_tp"]),
     ("wsl_tp", wish(api_server_tp=2), on("wsl_rtx3090_pair", wsl=WSL), ["NCCL", "to 1"]),
     ("shm", wish(), on("rtx3090_pair", shm_bytes=64 * 2**20), ["/dev/shm", "0.06 GiB", "remount,size=2G"]),
@@ -91,7 +124,6 @@ GOOD: list[tuple[Desired, dict[str, Any], int]] = [
     (wish(), on("rtx3090"), 1),
     (wish(api_server_model=SEED), on("rtx3090_pair"), 2),
     (wish(api_server_model=SEED), on("a6000_pair_nvlink"), 2),
-    (wish(api_server_model=SEED), on("h200_pair_recorded", units=RUNNING), 2),
     (wish(api_server_model=SEED, api_server_tp=1), on("h100"), 1),
     (wish(api_server_model=AWQ), on("rtx4090"), 1),
     (wish(api_server_model=AWQ, _locks=CUDA_13), on("rtx5090"), 1),
@@ -112,10 +144,10 @@ GOOD: list[tuple[Desired, dict[str, Any], int]] = [
 @pytest.mark.parametrize(("desired", "changes", "tp"), GOOD)
 def test_what_fits_passes(desired: Desired, changes: dict[str, Any], tp: int) -> None:
     survey = host(**changes)
-    findings = [f for f in judge(desired, survey) if f.check not in {"gpu_busy", "gpu_topology"}]
+    findings = [f for f in judge(desired, survey) if f.check not in {"gpu_idle", "gpu_topology"}]
     assert [report([finding], "") for finding in findings] == []
     if tp:
-        assert gpu.tp_of(desired.instances[0], survey) == tp
+        assert [dealt.tp for _instance, dealt in gpu.layout(desired, survey)] == [tp]
 
 
 @pytest.mark.parametrize(
@@ -158,20 +190,43 @@ def test_on_wsl_nobody_knows_who_holds_memory() -> None:
 
 
 def test_two_engines_on_one_card_need_cache_ratios_that_fit_together() -> None:
-    # The first takes 0.8 of what is free for its cache, and too little is left for the second.
+    # Whichever starts first takes 0.8 of what is free for its cache, and too little is left for the other.
     greedy = wish(api_server_instances=instances({"model": AWQ}, {"model": TINY}), api_server_tp=1)
-    finding = the("memory", greedy, host(**on("rtx3090")))
-    assert finding.variable == "api_server_instances[i1].model"
-    assert "api-server-i0.service is on the same card: lower its cache_max_entry_count" in finding.fix
+    found = [finding for finding in judge(greedy, host(**on("rtx3090"))) if finding.check == "memory"]
+    assert [finding.variable for finding in found] == [f"api_server_instances[i{n}].model" for n in (0, 1)]
+    assert "It shares the card with api-server-i1.service: lower their cache_max_entry_count" in found[0].fix
     shared = instances({"model": TINY, "cache_max_entry_count": 0.4}, {"model": TINY, "cache_max_entry_count": 0.4})
-    assert "memory" not in checks(wish(api_server_instances=shared, api_server_tp=1), host(**on("rtx3090")))
+    assert {"memory", "gpu_shared"}.isdisjoint(checks(wish(api_server_instances=shared), host(**on("rtx3090"))))
+
+
+def test_others_on_all_cards_are_told_and_the_engine_runs_beside_them() -> None:
+    desired, survey = wish(api_server_model=SEED), host(**on("h200_pair_recorded", units=RUNNING))
+    assert checks(desired, survey) == {"gpu_busy"}
+    for process in survey["gpu"]["processes"]:
+        process["unit"] = "api-server.service"
+    assert checks(desired, survey) == set()
+    assert [list(dealt.gpus) for _instance, dealt in gpu.layout(desired, survey)] == [[0, 1]]
+
+
+def test_cards_that_are_named_or_counted_leave_others_idle_without_a_word() -> None:
+    for values in ({"api_server_tp": 2}, {"api_server_gpus": [0, 1]}):
+        assert "gpu_idle" not in checks(wish(**values), host(**on("h100_8_nvlink")))
+
+
+def test_cards_far_apart_are_told_by_their_node() -> None:
+    # All links say SYS, and yet four cards are on one processor.
+    assert "gpu_topology" not in checks(wish(), host(**on("rtx4090_8_sys")))
+    seventy = wish(api_server_model="OpenGVLab/InternVL3-78B")
+    found = the("gpu_topology", seventy, host(**on("rtx4090_8_sys", memory_bytes=512 * GIB)))
+    assert "Its 8 cards are on several processors: 0 and 4 talk across" in found.message
+    assert found.fix == "Set api_server_tp to 4 if that holds the model: then its cards are near each other."
 
 
 def test_instances_side_by_side_on_their_own_cards() -> None:
     pairs = instances({"gpus": [0, 1], "model": SEED}, {"gpus": [2, 3], "model": SEED})
     desired, survey = wish(api_server_instances=pairs), host(**on("h100_4_nvlink"))
     assert checks(desired, survey) == set()
-    assert [gpu.tp_of(instance, survey) for instance in desired.instances] == [2, 2]
+    assert [dealt.tp for _instance, dealt in gpu.layout(desired, survey)] == [2, 2]
 
 
 def test_the_kv_cache_in_eight_bits_halves_a_session() -> None:

@@ -93,6 +93,29 @@ def test_topology_lists_each_pair_once_also_without_its_first_tab() -> None:
     assert facts.parse_topology("nvidia-smi: error\n") == []
 
 
+def test_topology_tells_the_node_and_the_cpus_of_each_card() -> None:
+    def nodes(name: str) -> dict[int, tuple[int, str]]:
+        return facts.parse_nodes((hosts.MACHINES / name / "topology.txt").read_text())
+
+    assert nodes("v100_8_mesh")[4] == (1, "20-39,60-79")
+    assert nodes("a100_8_four_nodes")[2] == (1, "8-15,72-79")
+    assert nodes("h100_4_small_nodes")[2] == (7, "7,15,23,31")
+    assert nodes("v100_4_no_nodes") == dict.fromkeys(range(4), (-1, "0-31"))
+    assert nodes("rtx3090_8_switches")[7] == (-1, "14-27"), "an old driver tells no nodes"
+    one = "\t\x1b[4mGPU0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\nGPU0\t X \t0-15\t0-1\t\tN/A\n"
+    assert facts.parse_nodes(one) == {0: (-1, "0-15")}, "a card between two nodes"
+
+
+def test_a_lost_card_keeps_its_number_and_has_its_fault() -> None:
+    cards = hosts.machine("h100_8_one_lost")["cards"]
+    assert [(card["index"], card["fault"]) for card in cards[4:7]] == [(4, ""), (5, "GPU is lost"), (6, "")]
+    gone = hosts.machine("rtx3090_4_one_gone")
+    assert len(gone["cards"]) == 3
+    assert gone["lost"] == ["Unable to determine the device handle for GPU2: 0000:81:00.0: Unknown Error"]
+    text = "[Unknown Error], GPU-1, NVIDIA L4, 1.1, [Unknown Error], 1, [N/A], 8.9\n"
+    assert [(card["index"], card["fault"]) for card in facts.parse_gpus(text)] == [(0, "Unknown Error")]
+
+
 def test_what_the_driver_does_not_tell_is_marked() -> None:
     wsl = hosts.machine("wsl_rtx4090")
     assert wsl["processes"][0]["used_mib"] == -1
@@ -109,6 +132,8 @@ def test_no_text_breaks_a_parser(text: str) -> None:
     facts.parse_gpus(text)
     facts.parse_gpu_processes(text)
     facts.parse_topology(text)
+    facts.parse_nodes(text)
+    facts.parse_lost(text)
     facts.parse_properties(text)
     facts.unit_of_cgroup(text)
     facts.file_system_of("/x", text)
