@@ -18,12 +18,14 @@ ACTIVE = {
     "NeedDaemonReload": "no",
     "FragmentPath": "",
     "ExecMainStartTimestamp": "Sun 2026-11-22 21:10:55.500000 UTC",
+    "StateChangeTimestamp": "Sun 2026-11-22 21:10:55.500000 UTC",
 }
 
 
 def plan(shown: dict[str, str], **changes: Any) -> tuple[list[str], str]:
     """Return the plan for a unit in the given state."""
-    params = {"state": "started", "enabled": True, "files": [], "restarted": False, **changes}
+    lists = {"files": [], "reloaded_files": [], "restarted": False, "reloaded": False}
+    params = {"state": "started", "enabled": True, **lists, **changes}
     return unit_current.plan(params, {**ACTIVE, **shown})
 
 
@@ -55,6 +57,19 @@ def test_a_switched_link_restarts_although_its_target_is_old(file: Path) -> None
 
 def test_what_check_mode_would_write_counts() -> None:
     assert plan({}, restarted=True)[0] == ["restart"]
+
+
+def test_what_is_read_again_reloads_once(file: Path) -> None:
+    assert plan({}, reloaded_files=[str(file)]) == ([], "")
+    os.utime(file, (MOMENT + 1, MOMENT + 1))
+    assert plan({}, reloaded_files=[str(file)]) == (["reload"], f"{file} is newer than the last reload")
+    assert plan({"StateChangeTimestamp": "Sun 2026-11-22 21:10:57.000000 UTC"}, reloaded_files=[str(file)]) == ([], "")
+    assert plan({}, reloaded=True)[0] == ["reload"]
+
+
+def test_a_restart_needs_no_reload(file: Path) -> None:
+    os.utime(file, (MOMENT + 1, MOMENT + 1))
+    assert plan({}, files=[str(file)], reloaded_files=[str(file)])[0] == ["restart"]
 
 
 @pytest.mark.parametrize("state", ["inactive", "failed", "deactivating"])

@@ -1,0 +1,4 @@
+"""Not yet."""
+
+def test_a(host):
+    assert host
