@@ -97,7 +97,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-PROPERTIES = ("LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload", "FragmentPath")
+PROPERTIES = ("LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload", "FragmentPath", "DropInPaths")
 STARTED_AT = "ExecMainStartTimestamp"
 # A start changes the state of a unit, and so does a reload.
 SETTLED_AT = "StateChangeTimestamp"
@@ -144,11 +144,17 @@ def newer_file(files: list[str], moment: float) -> str:
     return ""
 
 
+def unseen_drop_in(files: list[str], shown: dict[str, str]) -> bool:
+    """Tell whether systemd has not read a drop-in; it does not notice one whose folder is new."""
+    drop_ins = [name for name in files if Path(name).parent.name.endswith(".service.d") and Path(name).exists()]
+    return not set(drop_ins) <= set(shown.get("DropInPaths", "").split())
+
+
 def plan(params: dict[str, Any], shown: dict[str, str]) -> tuple[list[str], str]:
     """Return what to do, in order, and why a running unit must restart."""
     actions = []
     missing = shown.get("LoadState") == "not-found"
-    if shown.get("NeedDaemonReload") == "yes":
+    if shown.get("NeedDaemonReload") == "yes" or unseen_drop_in(params["files"], shown):
         actions.append("daemon-reload")
     # systemd reports 'linked' or 'static' for units that take no enabling; both are left alone.
     is_enabled = shown.get("UnitFileState", "") in ("enabled", "linked", "static", "alias", "generated")
@@ -184,6 +190,8 @@ def stale(params: dict[str, Any], shown: dict[str, str]) -> str:
     """Return why the unit's process does not stand for its files, or nothing."""
     if params["restarted"]:
         return "its files were changed in this run"
+    if unseen_drop_in(params["files"], shown):
+        return "systemd has not read its drop-in"
     moment = started_at(shown)
     files = [shown.get("FragmentPath", ""), *params["files"]]
     newer = newer_file([name for name in files if name], moment) if moment is not None else ""

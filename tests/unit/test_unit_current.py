@@ -91,6 +91,15 @@ def test_a_changed_unit_file_is_read_again_first(file: Path) -> None:
     assert plan({"NeedDaemonReload": "yes", "FragmentPath": str(file)})[0] == ["daemon-reload", "restart"]
 
 
+def test_a_drop_in_that_systemd_has_not_read_is_read_first(tmp_path: Path) -> None:
+    drop_in = tmp_path / "app.service.d/limits.conf"
+    drop_in.parent.mkdir()
+    drop_in.touch()
+    os.utime(drop_in, (MOMENT - 1, MOMENT - 1))
+    assert plan({}, files=[str(drop_in)])[0] == ["daemon-reload", "restart"]
+    assert plan({"DropInPaths": f"/other.conf {drop_in}"}, files=[str(drop_in)])[0] == []
+
+
 def test_stopping() -> None:
     assert plan({}, state="stopped", enabled=False) == (["disable", "stop"], "")
     gone = {"LoadState": "not-found", "ActiveState": "inactive", "UnitFileState": ""}
