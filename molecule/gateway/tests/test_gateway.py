@@ -289,7 +289,7 @@ def test_an_answer_comes_piece_by_piece(client: Client) -> None:
 
 
 def test_a_request_with_an_image_of_ten_megabytes_finds_its_engine(host: Any, client: Client) -> None:
-    # The model's name comes last, as many clients have it. llama.cpp takes the smaller one and refuses the larger itself.
+    # The model's name comes last, as many clients have it. llama.cpp takes the smaller one and refuses the larger.
     more = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "model": OTHER_MODEL}
     assert client.status("/v1/chat/completions", {"pad": "A" * 7_000_000, **more}) == 200
     began = time.monotonic()
