@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -295,10 +295,13 @@ def test_a_request_with_an_image_of_ten_megabytes_finds_its_engine(host: Any, cl
     began = time.monotonic()
     client.status("/v1/chat/completions", {"pad": "A" * 10_000_000, **more})
     print(f"10 MB took {time.monotonic() - began:.2f} s")
-    assert client.status("/v1/chat/completions", {"pad": "A" * 17_000_000, **more}) == 413
+    # The gateway answers and hangs up before the request has ended, so the client may meet a closed connection first.
+    with suppress(OSError):
+        client.status("/v1/chat/completions", {"pad": "A" * 17_000_000, **more})
     lines = host.check_output("journalctl --unit haproxy.service --output cat --lines 30").splitlines()
-    engines = [json.loads(line)["engine"] for line in lines if line.startswith("{")]
-    assert engines[-3:] == [f"{SECOND}-23334", f"{SECOND}-23334", "<NOSRV>"]
+    *_, small, large, huge = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [small["engine"], large["engine"]] == [f"{SECOND}-23334"] * 2
+    assert (huge["engine"], huge["status"]) == ("<NOSRV>", 413)
 
 
 def test_both_hosts_share_the_work(host: Any, client: Client) -> None:
@@ -387,6 +390,7 @@ def test_others_see_two_ports(client: Client) -> None:
     assert found.split() == ["22", "443"]
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_old_tls_is_refused(client: Client) -> None:
     context = ssl.create_default_context()
     context.check_hostname = False
