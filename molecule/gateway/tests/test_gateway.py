@@ -122,8 +122,12 @@ class Client:
             connection.putheader(name, value)
         if data is not None:
             connection.putheader("Content-Length", str(len(data)))
-        connection.endheaders(data.encode() if data else None)
-        return connection.getresponse()
+        try:
+            connection.endheaders(data.encode() if data else None)
+            return connection.getresponse()
+        except OSError:
+            connection.close()
+            raise
 
     def status(self, path: str, body: Any = None, key: str | None = None) -> int:
         """Return the status of an answer that came whole."""
