@@ -288,8 +288,11 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
     def _peers(
         self, model_servers: list[str], reader: Reader, read: Mapping[str, Read], roles: Mapping[str, Role]
     ) -> Iterable[Peer]:
-        """Yield where the engines of other hosts listen, as far as a web host is to find them by itself."""
-        if "open_webui" not in read or read["open_webui"].found.get("open_webui_connections"):
+        """Yield where the engines of other hosts listen, as far as this host is to find them by itself."""
+        role, variable = (
+            ("gateway", "gateway_engines") if "gateway" in read else ("open_webui", "open_webui_connections")
+        )
+        if role not in read or read[role].found.get(variable):
             return
         default = roles["api_server"].defaults.get("api_server_host", "")
         for name in model_servers:

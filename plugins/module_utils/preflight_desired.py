@@ -21,6 +21,7 @@ NO_ENGINE = "none"
 ERROR = "error"
 WARNING = "warning"
 HIDDEN = "(hidden)"
+GATEWAY_UNIT = "haproxy.service"
 LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|::1|localhost")
 WILDCARDS = frozenset({"0.0.0.0", "::", "[::]", "*", ""})  # noqa: S104 compared with, not bound to
 SECRET_NAME = re.compile(r"(password|passphrase|api_?keys?|token|secret|secret_key|credentials?)$", re.IGNORECASE)
@@ -175,7 +176,8 @@ class Desired:
     def units(self) -> frozenset[str]:
         """The systemd units that are to run here."""
         engines = {instance.unit for instance in self.instances}
-        return frozenset(engines | ({"open-webui.service"} if "open_webui" in self.roles else set()))
+        others = {"open_webui": "open-webui.service", "gateway": GATEWAY_UNIT}
+        return frozenset(engines | {unit for role, unit in others.items() if role in self.roles})
 
     def endpoints(self) -> Iterator[tuple[str, int | None, str, str]]:
         """Yield (variable, port, address, unit) of everything that will listen."""
@@ -184,6 +186,10 @@ class Desired:
         if "open_webui" in self.roles:
             port = whole(self.values.get("open_webui_port"))
             yield "open_webui_port", port, self.text("open_webui_host"), "open-webui.service"
+        if "gateway" in self.roles:
+            yield "gateway_port", whole(self.values.get("gateway_port")), self.text("gateway_host"), GATEWAY_UNIT
+            for name in ("gateway_local_port", "gateway_metrics_port"):
+                yield name, whole(self.values.get(name)), "127.0.0.1", GATEWAY_UNIT
 
     def environment_path(self, environment: Environment) -> str:
         """Return the path that a person activates."""

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_memory import GB, estimate
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
+    GATEWAY_UNIT,
     Desired,
     Environment,
     Finding,
@@ -30,7 +31,7 @@ LMDEPLOY_LIBC = "2.28"
 CLOCK_WARNING_SECONDS = 300
 CLOCK_ERROR_SECONDS = 86400
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "drvfs", "fuse.sshfs"})
-OWN_UNITS = ("api-server*.service", "open-webui.service")
+OWN_UNITS = ("api-server*.service", "open-webui.service", GATEWAY_UNIT)
 
 CONDA_BYTES = 1 * GB
 ENVIRONMENT_BYTES = {"lmdeploy": 10 * GB, "llama_cpp": GB // 2, "open_webui": 8 * GB, "open_webui_slim": 1 * GB}
@@ -236,7 +237,8 @@ def check_low_ports(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """port_privileged: the services don't run as root, so low ports are not theirs."""
     lowest = survey["unprivileged_port"]
     for variable, port, _address, unit in desired.endpoints():
-        if port is not None and 1 <= port < lowest:
+        # HAProxy has the one capability that low ports need.
+        if port is not None and 1 <= port < lowest and unit != GATEWAY_UNIT:
             why = f"{unit} does not run as root, and this host keeps ports below {lowest} for root."
             fix = f"Take a port from {lowest} on; a gateway in front may listen on 80 and 443."
             yield desired.fault("port_privileged", variable, port, why, fix)

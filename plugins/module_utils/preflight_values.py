@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine, open_webui
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine, gateway, open_webui
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
     LOOPBACK,
     Desired,
@@ -34,6 +34,7 @@ TEXT_NAME = re.compile(
     r"revision|id|proxy|gpus|python|channels|parsers)$"
 )
 PATH_NAME = re.compile(r"(^|_)(dir|path|prefix)$")
+CONNECTIONS = "open_webui_connections"
 # A person's name may hold quotes; it is data in one file that quotes it.
 FREE_TEXT = frozenset({"open_webui_admin_name"})
 HOSTILE = (
@@ -346,8 +347,9 @@ def check_separate_environments(desired: Desired) -> Iterator[Finding]:
 
 
 def check_reach_of_engine(desired: Desired) -> Iterator[Finding]:
-    """loopback: a web host can't reach an engine that listens on its own host only."""
-    if "open_webui" not in desired.roles or desired.items("open_webui_connections"):
+    """loopback: a gateway or a web host can't reach an engine that listens on its own host only."""
+    asker, variable = ("The gateway", "gateway_engines") if "gateway" in desired.roles else ("Open WebUI", CONNECTIONS)
+    if not desired.roles & {"gateway", "open_webui"} or desired.items(variable):
         return
     closed = [
         peer.host
@@ -356,10 +358,10 @@ def check_reach_of_engine(desired: Desired) -> Iterator[Finding]:
     ]
     if closed:
         named = ", ".join(closed[:3]) + (f" and {len(closed) - 3} more" if len(closed) > 3 else "")
-        why = f"Engines there listen on their own host only, so Open WebUI on {desired.host} can't reach them."
+        why = f"Engines there listen on their own host only, so {asker} on {desired.host} can't reach them."
         fix = (
             "Set it to the host's address in your network, with api_server_allowed_networks, or say in "
-            f"open_webui_connections which engines {desired.host} is to use."
+            f"{variable} which engines {desired.host} is to use."
         )
         yield desired.fault("loopback", f"api_server_host of {named}", "127.0.0.1", why, fix)
 
@@ -418,6 +420,11 @@ def _own_rules(desired: Desired) -> Iterator[str]:
         yield from str(faults).splitlines()
     except (KeyError, TypeError, ValueError, AttributeError):
         pass  # a value of the wrong type, which is reported as such
+    try:
+        if "gateway" in desired.roles:
+            yield from gateway.faults(named("gateway_"))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
     try:
         if "open_webui" in desired.roles:
             yield from open_webui.faults({**named("open_webui_"), "prefix": desired.text("miniconda_prefix")})

@@ -15,7 +15,7 @@ description:
   - Files that belong together are judged by the programs that read them before the first one is replaced. When one is
     refused, none is written, so a host never stands between two configurations.
   - Each file is replaced in one step. A set that is there already is recognised in one call, with no program started.
-  - Files and folders belong to root. Check mode judges too.
+  - Files and folders belong to root. Check mode judges too, and takes a group that is not there yet for a change.
 options:
   folders:
     description: Folders to have, in order.
@@ -31,6 +31,10 @@ options:
         description: Permissions, for example V(0700).
         type: str
         default: '0755'
+      group:
+        description: Name of the group that it belongs to; root's when empty.
+        type: str
+        default: ''
   files:
     description: Files to have.
     type: list
@@ -56,6 +60,11 @@ options:
         description: Permissions.
         type: str
         default: '0644'
+      group:
+        description: Name of the group that it belongs to; root's when empty. With a mode such as V(0640), a service of
+          this group reads the file and can't write it.
+        type: str
+        default: ''
       check:
         description: Program and arguments that judge the file before any file is written. A word that is the path of a
           file of the set stands for a copy, by the same name, of what that file will be. An exit code other than 0
@@ -107,7 +116,6 @@ refused:
   sample: [{path: /etc/systemd/system/app.service, output: "app.service:3: Unknown key name 'Exec'"}]
 """
 
-import os
 import secrets
 import string
 import subprocess
@@ -116,6 +124,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.owned_files import (
+    have_folders,
+    read,
+    write,
+    wrong_rights,
+)
 
 CHECK_SECONDS = 300
 
@@ -139,11 +153,6 @@ def wanted_content(entry: dict[str, Any], current: str | None) -> str:
     return "".join(secrets.choice(letters) for _ in range(entry["generated"])) + "\n"
 
 
-def read(path: Path) -> str | None:
-    """Return a file's text, or None where there is none."""
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
 def judge(entry: dict[str, Any], copies: dict[str, Path]) -> str:
     """Return why the program that reads a file refuses it, or nothing."""
     command = [str(copies.get(word, word)) for word in entry["check"]]
@@ -158,42 +167,6 @@ def judge(entry: dict[str, Any], copies: dict[str, Path]) -> str:
     return "\n".join(line for line in lines if name in line)
 
 
-def wrong_rights(path: Path, mode: str) -> bool:
-    """Tell whether somebody else owns a file or folder, or its permissions differ."""
-    about = path.stat()
-    return (about.st_mode & 0o7777, about.st_uid, about.st_gid) != (int(mode, 8), os.getuid(), os.getgid())
-
-
-def write(path: Path, content: str, mode: str) -> None:
-    """Replace a file in one step; it never stands there with wider permissions than it may have."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(int(mode, 8))
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def have_folders(folders: list[dict[str, Any]], *, dry: bool) -> list[str]:
-    """Make folders and mend their permissions; return which."""
-    written = []
-    for entry in folders:
-        path = Path(entry["path"])
-        if path.is_dir() and not wrong_rights(path, entry["mode"]):
-            continue
-        written.append(str(path))
-        if not dry:
-            path.mkdir(exist_ok=True)
-            os.chown(path, os.getuid(), os.getgid())
-            path.chmod(int(entry["mode"], 8))
-    return written
-
-
 def differing(files: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str | None, str]]:
     """Return the files that are not as wanted: entry, current content, wanted content."""
     found = []
@@ -201,7 +174,7 @@ def differing(files: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str | N
         path = Path(entry["path"])
         current = read(path)
         content = wanted_content(entry, current)
-        if current != content or wrong_rights(path, entry["mode"]):
+        if current != content or wrong_rights(path, entry):
             found.append((entry, current, content))
     return found
 
@@ -232,7 +205,7 @@ def converge(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
         path = Path(entry["path"])
         written.append(str(path))
         if not dry:
-            write(path, content, entry["mode"])
+            write(path, content, entry)
         shown = entry["content"] is not None
         before, after = (current or "", content) if shown else ("(hidden)\n" if current else "", "(hidden, other)\n")
         diffs.append({"before_header": str(path), "after_header": str(path), "before": before, "after": after})
@@ -247,7 +220,11 @@ def main() -> None:
                 "type": "list",
                 "elements": "dict",
                 "default": [],
-                "options": {"path": {"type": "path", "required": True}, "mode": {"type": "str", "default": "0755"}},
+                "options": {
+                    "path": {"type": "path", "required": True},
+                    "mode": {"type": "str", "default": "0755"},
+                    "group": {"type": "str", "default": ""},
+                },
             },
             "files": {
                 "type": "list",
@@ -259,6 +236,7 @@ def main() -> None:
                     "hidden_content": {"type": "str", "no_log": True},
                     "generated": {"type": "int"},
                     "mode": {"type": "str", "default": "0644"},
+                    "group": {"type": "str", "default": ""},
                     "check": {"type": "list", "elements": "str", "default": []},
                     "check_silent": {"type": "bool", "default": False},
                 },

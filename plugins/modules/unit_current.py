@@ -43,6 +43,17 @@ options:
         check mode, which writes none, tells the truth.
     type: bool
     default: false
+  reloaded_files:
+    description:
+      - What the process reads again when it is reloaded. A running unit is reloaded when one of them is newer than the
+        last time that the unit started or was reloaded, unless it is restarted anyway.
+    type: list
+    elements: path
+    default: []
+  reloaded:
+    description: Reloads a running unit whatever the times say; O(restarted) for what needs no restart.
+    type: bool
+    default: false
   journal_lines:
     description: Lines of the journal in a failure message.
     type: int
@@ -73,7 +84,7 @@ actions:
   elements: str
   sample: [daemon-reload, enable, restart]
 reason:
-  description: Why a running unit was restarted; empty when it was not.
+  description: Why a running unit was restarted or reloaded; empty when it was not.
   returned: success
   type: str
   sample: /etc/open-webui/open-webui.env is newer than the process
@@ -86,8 +97,10 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-PROPERTIES = ("LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload", "FragmentPath")
+PROPERTIES = ("LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload", "FragmentPath", "DropInPaths")
 STARTED_AT = "ExecMainStartTimestamp"
+# A start changes the state of a unit, and so does a reload.
+SETTLED_AT = "StateChangeTimestamp"
 
 
 class UnitError(Exception):
@@ -108,15 +121,15 @@ ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "TZ": "UT
 
 def properties(name: str) -> dict[str, str]:
     """Return what systemd knows about a unit."""
-    wanted = ",".join((*PROPERTIES, STARTED_AT))
+    wanted = ",".join((*PROPERTIES, STARTED_AT, SETTLED_AT))
     lines = run("systemctl", "show", name, f"--property={wanted}", "--timestamp=us+utc").splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def started_at(shown: dict[str, str]) -> float | None:
+def started_at(shown: dict[str, str], name: str = STARTED_AT) -> float | None:
     """Return when the unit's process started, in seconds since 1970, or None where there is no process."""
     try:
-        text = shown.get(STARTED_AT, "").replace("UTC", "+0000")
+        text = shown.get(name, "").replace("UTC", "+0000")
         return dt.datetime.strptime(text, "%a %Y-%m-%d %H:%M:%S.%f %z").timestamp()
     except ValueError:
         return None
@@ -131,11 +144,17 @@ def newer_file(files: list[str], moment: float) -> str:
     return ""
 
 
+def unseen_drop_in(files: list[str], shown: dict[str, str]) -> bool:
+    """Tell whether systemd has not read a drop-in; it does not notice one whose folder is new."""
+    drop_ins = [name for name in files if Path(name).parent.name.endswith(".service.d") and Path(name).exists()]
+    return not set(drop_ins) <= set(shown.get("DropInPaths", "").split())
+
+
 def plan(params: dict[str, Any], shown: dict[str, str]) -> tuple[list[str], str]:
     """Return what to do, in order, and why a running unit must restart."""
     actions = []
     missing = shown.get("LoadState") == "not-found"
-    if shown.get("NeedDaemonReload") == "yes":
+    if shown.get("NeedDaemonReload") == "yes" or unseen_drop_in(params["files"], shown):
         actions.append("daemon-reload")
     # systemd reports 'linked' or 'static' for units that take no enabling; both are left alone.
     is_enabled = shown.get("UnitFileState", "") in ("enabled", "linked", "static", "alias", "generated")
@@ -152,13 +171,27 @@ def plan(params: dict[str, Any], shown: dict[str, str]) -> tuple[list[str], str]
     elif shown["ActiveState"] != "active":
         # A start is under way; joining it waits for its end.
         actions.append("start")
+    else:
+        reason = outdated(params, shown)
+        actions += ["reload"] if reason else []
     return actions, reason
+
+
+def outdated(params: dict[str, Any], shown: dict[str, str]) -> str:
+    """Return why the unit must read its files again, or nothing."""
+    if params["reloaded"]:
+        return "its files were changed in this run"
+    moment = started_at(shown, SETTLED_AT)
+    newer = newer_file(params["reloaded_files"], moment) if moment is not None else ""
+    return f"{newer} is newer than the last reload" if newer else ""
 
 
 def stale(params: dict[str, Any], shown: dict[str, str]) -> str:
     """Return why the unit's process does not stand for its files, or nothing."""
     if params["restarted"]:
         return "its files were changed in this run"
+    if unseen_drop_in(params["files"], shown):
+        return "systemd has not read its drop-in"
     moment = started_at(shown)
     files = [shown.get("FragmentPath", ""), *params["files"]]
     newer = newer_file([name for name in files if name], moment) if moment is not None else ""
@@ -216,6 +249,8 @@ def main() -> None:
             "enabled": {"type": "bool", "default": True},
             "files": {"type": "list", "elements": "path", "default": []},
             "restarted": {"type": "bool", "default": False},
+            "reloaded_files": {"type": "list", "elements": "path", "default": []},
+            "reloaded": {"type": "bool", "default": False},
             "journal_lines": {"type": "int", "default": 20},
         },
         supports_check_mode=True,

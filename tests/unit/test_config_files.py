@@ -13,6 +13,7 @@ FILE: dict[str, Any] = {
     "hidden_content": None,
     "generated": None,
     "mode": "0644",
+    "group": "",
     "check": [],
     "check_silent": False,
 }
@@ -23,7 +24,9 @@ def converge(*files: dict[str, Any], folders: list[dict[str, Any]] | None = None
     wanted = [
         {**FILE, **{key: str(value) if key == "path" else value for key, value in file.items()}} for file in files
     ]
-    return config_files.converge({"folders": folders or [], "files": wanted}, dry=dry)
+    return config_files.converge(
+        {"folders": [{"group": "", **folder} for folder in folders or []], "files": wanted}, dry=dry
+    )
 
 
 def test_a_set_is_written_once_and_then_recognised(tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ ACTIVE = {
     "NeedDaemonReload": "no",
     "FragmentPath": "",
     "ExecMainStartTimestamp": "Sun 2026-11-22 21:10:55.500000 UTC",
+    "StateChangeTimestamp": "Sun 2026-11-22 21:10:55.500000 UTC",
 }
 
 
 def plan(shown: dict[str, str], **changes: Any) -> tuple[list[str], str]:
     """Return the plan for a unit in the given state."""
-    params = {"state": "started", "enabled": True, "files": [], "restarted": False, **changes}
+    lists = {"files": [], "reloaded_files": [], "restarted": False, "reloaded": False}
+    params = {"state": "started", "enabled": True, **lists, **changes}
     return unit_current.plan(params, {**ACTIVE, **shown})
 
 
@@ -57,6 +59,19 @@ def test_what_check_mode_would_write_counts() -> None:
     assert plan({}, restarted=True)[0] == ["restart"]
 
 
+def test_what_is_read_again_reloads_once(file: Path) -> None:
+    assert plan({}, reloaded_files=[str(file)]) == ([], "")
+    os.utime(file, (MOMENT + 1, MOMENT + 1))
+    assert plan({}, reloaded_files=[str(file)]) == (["reload"], f"{file} is newer than the last reload")
+    assert plan({"StateChangeTimestamp": "Sun 2026-11-22 21:10:57.000000 UTC"}, reloaded_files=[str(file)]) == ([], "")
+    assert plan({}, reloaded=True)[0] == ["reload"]
+
+
+def test_a_restart_needs_no_reload(file: Path) -> None:
+    os.utime(file, (MOMENT + 1, MOMENT + 1))
+    assert plan({}, files=[str(file)], reloaded_files=[str(file)])[0] == ["restart"]
+
+
 @pytest.mark.parametrize("state", ["inactive", "failed", "deactivating"])
 def test_a_unit_that_does_not_run_is_started(state: str) -> None:
     assert plan({"ActiveState": state, "ExecMainStartTimestamp": ""}, restarted=True) == (["start"], "")
@@ -74,6 +89,15 @@ def test_a_new_unit_is_enabled_and_started() -> None:
 def test_a_changed_unit_file_is_read_again_first(file: Path) -> None:
     os.utime(file, (MOMENT + 1, MOMENT + 1))
     assert plan({"NeedDaemonReload": "yes", "FragmentPath": str(file)})[0] == ["daemon-reload", "restart"]
+
+
+def test_a_drop_in_that_systemd_has_not_read_is_read_first(tmp_path: Path) -> None:
+    drop_in = tmp_path / "app.service.d/limits.conf"
+    drop_in.parent.mkdir()
+    drop_in.touch()
+    os.utime(drop_in, (MOMENT - 1, MOMENT - 1))
+    assert plan({}, files=[str(drop_in)])[0] == ["daemon-reload", "restart"]
+    assert plan({"DropInPaths": f"/other.conf {drop_in}"}, files=[str(drop_in)])[0] == []
 
 
 def test_stopping() -> None:

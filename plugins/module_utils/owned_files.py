@@ -1,0 +1,70 @@
+# Copyright: the selfhost.lmdeploy maintainers
+# Apache-2.0 (see LICENSE)
+"""Files and folders of root, with the group and the permissions that are wanted, replaced in one step."""
+
+from __future__ import annotations
+
+import grp
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> str | None:
+    """Return a file's text, or None where there is none."""
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def group_id(name: str) -> int:
+    """Return the number of a group, our own for no name, and -1 for one that is not there."""
+    try:
+        return grp.getgrnam(name).gr_gid if name else os.getgid()
+    except KeyError:
+        return -1
+
+
+def wrong_rights(path: Path, entry: dict[str, Any]) -> bool:
+    """Tell whether somebody else owns a file or folder, or its permissions differ."""
+    about = path.stat()
+    wanted = (int(entry["mode"], 8), os.getuid(), group_id(entry["group"]))
+    return (about.st_mode & 0o7777, about.st_uid, about.st_gid) != wanted
+
+
+def own(path: Path, entry: dict[str, Any]) -> None:
+    """Give a file or folder its owner, group and permissions."""
+    group = group_id(entry["group"])
+    if group < 0:
+        message = f"there is no group {entry['group']} for {path}"
+        raise OSError(message)
+    os.chown(path, os.getuid(), group)
+    path.chmod(int(entry["mode"], 8))
+
+
+def write(path: Path, content: str, entry: dict[str, Any]) -> None:
+    """Replace a file in one step; it never stands there with wider permissions than it may have."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        own(Path(name), entry)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def have_folders(folders: list[dict[str, Any]], *, dry: bool) -> list[str]:
+    """Make folders and mend their permissions; return which."""
+    written = []
+    for entry in folders:
+        path = Path(entry["path"])
+        if path.is_dir() and not wrong_rights(path, entry):
+            continue
+        written.append(str(path))
+        if not dry:
+            path.mkdir(exist_ok=True)
+            own(path, entry)
+    return written

@@ -1,0 +1,58 @@
+"""What preflight says of a gateway: ports, engines that it can't reach, and the role's own rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import preflight_hosts as hosts
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import Desired, Peer
+
+GATEWAY: dict[str, Any] = {
+    "gateway_name": "gw.example.org",
+    "gateway_host": "0.0.0.0",
+    "gateway_port": 443,
+    "gateway_local_port": 8444,
+    "gateway_metrics_port": 8405,
+    "gateway_engines": [],
+    "gateway_web_uis": [],
+    "gateway_api_paths": ["/v1/chat/completions"],
+    "gateway_api_keys": [],
+    "gateway_tls_certificate": "",
+    "gateway_tls_key": "",
+    "gateway_request_mib": 16,
+    "gateway_engine_requests": 64,
+    "gateway_connections": 1000,
+    "gateway_timeout_seconds": 900,
+    "gateway_queue_seconds": 120,
+}
+
+
+def gateway(**changes: Any) -> Desired:
+    """Return a host that is a gateway and has a web interface."""
+    peers = changes.pop("peers", (Peer("gpu1", ("10.0.0.2",)),))
+    values = {**GATEWAY, **changes}
+    return hosts.wish(_roles=frozenset({"gateway"}), _peers=peers, _locks={}, **values)
+
+
+def test_a_gateway_takes_a_low_port() -> None:
+    assert hosts.checks(gateway()) == set()
+
+
+def test_its_ports_are_its_own() -> None:
+    found = hosts.the("port_clash", gateway(gateway_metrics_port=8444))
+    assert found.variable == "gateway_metrics_port"
+    assert "gateway_local_port" in found.message
+    assert hosts.the("port_range", gateway(gateway_port=70000)).variable == "gateway_port"
+
+
+def test_an_engine_on_loopback_is_out_of_its_reach() -> None:
+    found = hosts.the("loopback", gateway(peers=(Peer("gpu1", ("127.0.0.1",)),)))
+    assert found.variable == "api_server_host of gpu1"
+    assert "The gateway on box" in found.message
+    assert "gateway_engines" in found.fix
+
+
+def test_the_roles_own_rules_are_told_before_anything_changes() -> None:
+    found = hosts.the("role_rule", gateway(gateway_api_keys=[{"name": "ann", "key": "too-short-a-key"}]))
+    assert "gateway_api_keys[ann].key has 15 characters" in found.message
+    assert "too-short-a-key" not in str(found)
