@@ -119,6 +119,10 @@ link:
   description: The link that people activate.
   type: str
   returned: always
+current_prefix:
+  description: Folder of the release that the link led to before this call, empty without one.
+  type: str
+  returned: unless O(state=absent)
 built:
   description: Whether this call built the release, or would have in check mode.
   type: bool
@@ -578,7 +582,10 @@ def main() -> None:
             "present": environment.present,
             "switched": environment.switched,
         }
+        current = environment.current()
         result = verbs[module.params["state"]]()
+        if module.params["state"] != "absent":
+            result["current_prefix"] = str(current or "")
     except BuildError as error:
         fail(str(error))
     except OSError as error:

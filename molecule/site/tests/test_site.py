@@ -32,6 +32,17 @@ LEFTOVERS = (
     "/var/cache/api-server",
     "/var/cache/open-webui",
 )
+# What may differ from the bare host after everything was removed, each for its reason.
+UNAVOIDABLE = (
+    r"/(proc|sys|run|tmp|var/tmp|dev)/.*",  # gone with the next boot
+    r"/var/log/.*",  # what happened stays on record
+    r"/var/(lib/(apt|dpkg)|cache/(apt|debconf|ldconfig))/.*",  # what apt remembers
+    r"/etc/(passwd|group|shadow|gshadow|subuid|subgid)-",  # backups that the account tools make
+    r"/var/lib/systemd/.*",  # what systemd remembers: timers, random seed
+    r"/root/\.ansible(/.*)?",  # Ansible's own folder
+    r".*/__pycache__(/.*)?",  # the system's Python, compiled
+    r"/etc/ld\.so\.cache",
+)
 
 
 def verb(name: str, *arguments: str, expected: int = 0, **variables: Any) -> str:
@@ -125,6 +136,16 @@ def test_secrets_are_rotated_and_never_shown(host: Host) -> None:
     assert not shown["open files"]
 
 
+def left_behind(host: Host) -> list[str]:
+    """Return the paths that the bare host did not have, but for packages of the distribution and the unavoidable."""
+    bare = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"], "bare.txt").read_text(encoding="utf-8").splitlines()
+    # Packages stay: other programs may have come to need them.
+    packaged = host.check_output("cat /var/lib/dpkg/info/*.list").splitlines()
+    known = {*bare, *packaged, *(f"/usr{path}" for path in packaged)}
+    found = [path for path in host.check_output("find / -xdev").splitlines() if path not in known]
+    return [path for path in found if not any(re.fullmatch(pattern, path) for pattern in UNAVOIDABLE)]
+
+
 def test_uninstall_asks_first(host: Host) -> None:
     output = verb("uninstall", expected=2)
     assert "uninstall_confirmed" in output, output
@@ -136,12 +157,15 @@ def test_uninstall_keeps_data_and_models(host: Host) -> None:
     assert recap(verb("uninstall", uninstall_confirmed=True), "changed") > 0
     assert [path for path in LEFTOVERS if host.file(path).exists and path != "/etc/open-webui"] == []
     assert all(host.file(path).exists for path in DATA)
+    data = ("/etc/open-webui", "/var/lib/open-webui", "/var/lib/models", "/var/backups/open-webui")
+    assert [path for path in left_behind(host) if not path.startswith(data)] == []
     assert recap(verb("uninstall", uninstall_confirmed=True), "changed") == 0
 
 
 def test_uninstall_removes_data_when_told(host: Host) -> None:
     verb("uninstall", uninstall_confirmed=True, uninstall_data_removed=True)
     assert [path for path in (*LEFTOVERS, "/var/lib/open-webui", "/var/lib/models") if host.file(path).exists] == []
+    assert left_behind(host) == []
     users = host.check_output("getent passwd")
     assert "api-server" not in users
     assert "open-webui" not in users

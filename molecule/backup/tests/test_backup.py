@@ -1,0 +1,289 @@
+"""An older Open WebUI with what people made in it, through upgrade, backup and restore: nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from testinfra.host import Host
+
+ROOT = Path(__file__).parents[3]
+NAME, OTHER = "mol-backup", "mol-backup-1"
+FOLDER = "/var/backups/open-webui"
+LOCK = ROOT / "roles/open_webui/files/locks/open-webui-0.12.4-slim.txt"
+VARIABLES = {"open_webui_profile": "slim", "open_webui_offline": True, "backup_keep": 5}
+EMAIL, WORD = "person@localhost", secrets.token_urlsafe(18)
+CONTENT = secrets.token_hex(1 << 15)
+# A release without this ends while it is imported.
+NEEDED = "itsdangerous"
+# An archive that is whole, with data that no release can read: run on the host, it prints the archive's path.
+UNREADABLE = """
+import contextlib, dataclasses, importlib.util, pathlib, sqlite3, sys
+from importlib.machinery import SourceFileLoader
+loader = SourceFileLoader("webui_backup", "/usr/local/lib/open-webui-backup/webui_backup")
+program = sys.modules["webui_backup"] = importlib.util.module_from_spec(importlib.util.spec_from_loader("webui_backup", loader))
+loader.exec_module(program)
+data = pathlib.Path("/root/unreadable/data")
+data.mkdir(parents=True)
+program.copy_database(pathlib.Path("/var/lib/open-webui/data/webui.db"), data / "webui.db")
+with contextlib.closing(sqlite3.connect(data / "webui.db")) as base:
+    base.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    base.commit()
+settings = program.Settings.read(pathlib.Path("/usr/local/lib/open-webui-backup/settings.json"))
+settings = dataclasses.replace(settings, data_dir=str(data), folder="/root/unreadable/archives")
+print(program.create(settings, "manual")["archive"])
+"""  # noqa: E501 - a program as a text
+full = pytest.mark.skipif(os.environ.get("TEST_FULL") != "1", reason="takes minutes more: set TEST_FULL=1")
+
+
+@dataclass
+class Ui:
+    """Open WebUI's HTTP API as one account, through a tunnel: it listens on the host's loopback alone."""
+
+    url: str
+    token: str = ""
+
+    def call(self, path: str, body: Any = None, *, kind: str = "application/json") -> Any:
+        """Return the answer, decoded where it is JSON."""
+        headers = {"Content-Type": kind, **({"Authorization": f"Bearer {self.token}"} if self.token else {})}
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - the tunnel's own address
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+            content = answer.read()
+        return json.loads(content) if "json" in answer.headers["Content-Type"] else content.decode()
+
+    def signed_in(self, email: str, word: str) -> Ui:
+        """Return the same place, seen by an account."""
+        return Ui(self.url, self.call("/api/v1/auths/signin", {"email": email, "password": word})["token"])
+
+    def upload(self, name: str, content: str) -> str:
+        """Bring a file and return its id."""
+        edge = secrets.token_hex(16)
+        head = f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\nContent-Type: text/plain'
+        body = f"{head}\r\n\r\n{content}\r\n--{edge}--\r\n".encode()
+        return str(self.call("/api/v1/files/?process=false", body, kind=f"multipart/form-data; boundary={edge}")["id"])
+
+    def ask(self, title: str) -> None:
+        """Make a chat."""
+        message = {"id": "1", "role": "user", "content": title, "parentId": None, "childrenIds": []}
+        chat = {"title": title, "history": {"messages": {"1": message}, "currentId": "1"}, "messages": [message]}
+        self.call("/api/v1/chats/new", {"chat": chat})
+
+
+@contextmanager
+def tunnel(name: str) -> Iterator[Ui]:
+    """Give a stranger's way to the Open WebUI of a host."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["ssh", "-F", str(ROOT / ".lab/ssh/config"), "-N", "-o", "ControlPath=none"]
+    process = subprocess.Popen([*command, "-L", f"{port}:127.0.0.1:8080", name])
+    try:
+        ui = Ui(f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                ui.call("/health")
+                break
+            except (OSError, urllib.error.URLError):
+                assert time.monotonic() < deadline, "Open WebUI does not answer through the tunnel"
+                time.sleep(0.2)
+        yield ui
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def seen(name: str = NAME) -> tuple[str, list[str], list[str]]:
+    """Return the version, the titles of the person's chats and what is in the person's files, as the API tells them."""
+    with tunnel(name) as stranger:
+        person = stranger.signed_in(EMAIL, WORD)
+        chats = sorted(chat["title"] for chat in person.call("/api/v1/chats/list?page=1"))
+        listed = person.call("/api/v1/files/")
+        files = [entry["id"] for entry in (listed["items"] if isinstance(listed, dict) else listed)]
+        return (
+            stranger.call("/api/version")["version"],
+            chats,
+            [person.call(f"/api/v1/files/{entry}/content") for entry in files],
+        )
+
+
+def archives(host: Host, reason: str) -> list[str]:
+    """Return the archives of a reason on the host, the newest last."""
+    return sorted(host.run(f"ls {FOLDER} | grep -- '-{reason}.tar.gz$'").stdout.split())
+
+
+def playbook(name: str, *hosts: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Run a playbook of the collection on hosts as its web interfaces."""
+    inventory = json.dumps({"web_uis": {"hosts": dict.fromkeys(hosts)}})
+    path = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"], "web_uis.json")
+    path.write_text(inventory)
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), str(ROOT / f"playbooks/{name}.yml")]
+    command += ["-i", str(ROOT / "molecule/inventory/hosts.yml"), "-i", str(path)]
+    command += ["-e", json.dumps({**VARIABLES, **variables})]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made(host: Host) -> None:
+    """Have a person with a chat and a file in the older release."""
+    with tunnel(NAME) as stranger:
+        password = host.file("/etc/open-webui/admin-password").content_string.strip()
+        admin = stranger.signed_in("admin@localhost", password)
+        admin.call("/api/v1/auths/add", {"name": "Person", "email": EMAIL, "password": WORD, "role": "user"})
+        person = stranger.signed_in(EMAIL, WORD)
+        person.ask("Before the upgrade")
+        person.upload("plan.txt", CONTENT)
+    assert seen() == ("0.12.0", ["Before the upgrade"], [CONTENT])
+
+
+def test_the_timer_makes_a_whole_archive_while_people_write(host: Host) -> None:
+    with tunnel(NAME) as stranger:
+        person = stranger.signed_in(EMAIL, WORD)
+        writer = subprocess.Popen(
+            ["ssh", "-F", str(ROOT / ".lab/ssh/config"), NAME, "systemctl start open-webui-backup.service"]
+        )
+        titles = ["Before the upgrade"]
+        while writer.poll() is None or len(titles) < 3:
+            titles.append(f"Meanwhile {len(titles)}")
+            person.ask(titles[-1])
+    journal = host.check_output("journalctl -u open-webui-backup.service -o cat")
+    assert writer.returncode == 0, journal
+    (archive,) = archives(host, "timer")
+    assert f"{FOLDER}/{archive}: Open WebUI 0.12.0" in journal
+    file = host.file(f"{FOLDER}/{archive}")
+    assert (file.mode, host.file(FOLDER).mode) == (0o600, 0o700)
+    names = host.check_output(f"tar -tzf {FOLDER}/{archive}").split()
+    assert {"data/webui.db", "config/secret-key", "config/open-webui.env", "manifest.json"} <= set(names)
+    assert any(re.fullmatch(r"data/uploads/.*plan\.txt", name) for name in names)
+    assert host.service("open-webui-backup.timer").is_running
+    # For the tests that follow.
+    with tunnel(NAME) as stranger:
+        person = stranger.signed_in(EMAIL, WORD)
+        for chat in person.call("/api/v1/chats/list?page=1"):
+            if chat["title"] != "Before the upgrade":
+                delete(person, chat["id"])
+
+
+def delete(person: Ui, chat: str) -> None:
+    """Remove a chat."""
+    headers = {"Authorization": f"Bearer {person.token}"}
+    request = urllib.request.Request(f"{person.url}/api/v1/chats/{chat}", headers=headers, method="DELETE")  # noqa: S310 - the tunnel's own address
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).close()
+
+
+def test_the_unit_can_do_little(host: Host) -> None:
+    judged = host.check_output("systemd-analyze security open-webui-backup.service --no-pager")
+    score = re.search(r"exposure level for open-webui-backup.service: ([0-9.]+)", judged)
+    assert score is not None
+    assert float(score[1]) <= 2.0
+
+
+def test_an_upgrade_saves_the_data_first_and_loses_nothing(host: Host, play: Callable[..., Any]) -> None:
+    played = play("open_webui", **VARIABLES)
+    assert played.changed() > 0
+    (archive,) = archives(host, "upgrade")
+    assert f"The data of Open WebUI 0.12.0 are in {FOLDER}/{archive}" in played.output
+    assert seen() == ("0.12.4", ["Before the upgrade"], [CONTENT])
+    assert play("open_webui", **VARIABLES).changed() == 0
+
+
+def test_a_damaged_archive_is_refused_before_any_change(host: Host, play: Callable[..., Any]) -> None:
+    (archive,) = archives(host, "upgrade")
+    host.check_output(f"head -c 20000 {FOLDER}/{archive} > /root/cut.tar.gz")
+    before = host.check_output("systemctl show open-webui.service --property=ExecMainPID --value")
+    message = play("open_webui", "restore", open_webui_restore_archive="/root/cut.tar.gz", **VARIABLES).message()
+    assert "/root/cut.tar.gz is damaged or cut" in message
+    assert host.check_output("systemctl show open-webui.service --property=ExecMainPID --value") == before
+    assert seen()[1] == ["Before the upgrade"]
+
+
+def test_a_full_disk_leaves_the_older_backups_and_no_half_archive(host: Host, play: Callable[..., Any]) -> None:
+    host.check_output("mkdir -p /mnt/small && mount -t tmpfs -o size=64m none /mnt/small")
+    try:
+        older = "open-webui-20260101T000000Z-0.12.0-manual.tar.gz"
+        host.check_output(f"touch /mnt/small/{older}")
+        message = play("backup", "now", backup_dir="/mnt/small", **VARIABLES).message()
+        assert "The disk of /mnt/small has no room" in message
+        assert "backup_dir" in message
+        assert host.check_output("ls /mnt/small") == older
+    finally:
+        host.check_output("umount /mnt/small")
+
+
+@full
+def test_an_upgrade_that_fails_goes_back_by_itself(host: Host, play: Callable[..., Any], tmp_path: Path) -> None:
+    lock = tmp_path / "broken.txt"
+    # A lock of the right version that lacks what the program imports.
+    lock.write_text(re.sub(rf"(?m)^{NEEDED}==.*\n(?: .*\n)+", "", LOCK.read_text(encoding="utf-8")))
+    before = host.check_output("readlink /opt/miniconda3/envs/open-webui")
+    unit = host.file("/etc/systemd/system/open-webui.service").content_string
+    message = play("open_webui", open_webui_lock=str(lock), open_webui_port=8081, **VARIABLES).message()
+    assert "did not take over" in message
+    assert f"No module named '{NEEDED}'" in message
+    assert host.check_output("readlink /opt/miniconda3/envs/open-webui") == before
+    assert host.file("/etc/systemd/system/open-webui.service").content_string == unit
+    assert seen() == ("0.12.4", ["Before the upgrade"], [CONTENT])
+    assert play("open_webui", **VARIABLES).changed() == 0
+
+
+@full
+def test_going_back_and_forth_loses_nothing(host: Host, play: Callable[..., Any]) -> None:
+    with tunnel(NAME) as stranger:
+        stranger.signed_in(EMAIL, WORD).ask("After the upgrade")
+    first = f"{FOLDER}/{archives(host, 'upgrade')[0]}"
+    assert play("open_webui", "rollback", open_webui_rollback_archive=first, **VARIABLES).changed() > 0
+    # What was made after the upgrade is in a backup; the older release can't read it.
+    assert seen() == ("0.12.0", ["Before the upgrade"], [CONTENT])
+    later = f"{FOLDER}/{archives(host, 'rollback')[-1]}"
+    assert play("open_webui", **VARIABLES).changed() > 0
+    assert seen() == ("0.12.4", ["Before the upgrade"], [CONTENT])
+    assert play("open_webui", "restore", open_webui_restore_archive=later, **VARIABLES).changed() > 0
+    assert seen() == ("0.12.4", ["After the upgrade", "Before the upgrade"], [CONTENT])
+    assert host.run("ls -A /var/lib/open-webui/data | grep restore").stdout == ""
+
+
+@full
+def test_a_restore_that_does_not_answer_is_undone(host: Host, play: Callable[..., Any]) -> None:
+    before = seen()
+    secret = host.file("/etc/open-webui/secret-key").content_string
+    host.check_output("cat > /root/unreadable.py <<'EOF'\n%s\nEOF" % UNREADABLE)  # noqa: UP031 - the text has braces
+    archive = host.check_output("python3 /root/unreadable.py")
+    message = play("open_webui", "restore", open_webui_restore_archive=archive, **VARIABLES).message()
+    assert f"did not answer with the data of {archive}" in message
+    assert "ffffffffffff" in message
+    assert seen() == before
+    assert host.file("/etc/open-webui/secret-key").content_string == secret
+    assert play("open_webui", **VARIABLES).changed() == 0
+
+
+@full
+def test_another_host_takes_over(tmp_path: Path, host: Host) -> None:
+    done = playbook("backup", NAME, backup_fetched_to=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    (archive,) = (tmp_path / NAME).iterdir()
+    installed = playbook("site", OTHER)
+    assert installed.returncode == 0, installed.stdout
+    restored = playbook("restore", OTHER, restore_archive=str(archive))
+    assert restored.returncode == 0, restored.stdout
+    assert seen(OTHER) == seen(NAME)
+    password = host.file("/etc/open-webui/admin-password").content_string.strip()
+    with tunnel(OTHER) as stranger:
+        assert stranger.signed_in("admin@localhost", password).call("/api/v1/auths/")["role"] == "admin"

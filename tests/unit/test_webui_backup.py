@@ -1,0 +1,340 @@
+"""Backups of Open WebUI: consistent, whole or not there, restored only when every byte is right, and undone."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import webui_backup
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.webui_backup import BackupError, Settings
+from ansible_collections.selfhost.lmdeploy.plugins.modules import webui_backup as module
+
+PROGRAM = Path(webui_backup.__file__)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Settings:
+    """Return an Open WebUI with an account, an upload and secrets; its database is closed."""
+    data, config, release = tmp_path / "data", tmp_path / "config", tmp_path / "release"
+    for folder in (data / "uploads", data / "vector_db", config, release):
+        folder.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(data / "webui.db")) as base:
+        base.execute("PRAGMA journal_mode=WAL")
+        base.execute("CREATE TABLE chat (n INTEGER, twin INTEGER)")
+        base.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        base.execute("INSERT INTO alembic_version VALUES ('0bd252b206fb')")
+        base.execute("INSERT INTO chat VALUES (1, 1)")
+        base.commit()
+    (data / "uploads/plan.txt").write_text("the plan")
+    for name, content in (("secret-key", "key"), ("admin-password", "word"), ("open-webui.env", 'PORT="1"\n')):
+        (config / name).write_text(content)
+    (tmp_path / "unit.service").write_text("[Service]\n")
+    (release / "release.json").write_text(json.dumps({"id": "0123456789ab", "packages": {"open-webui": "0.12.4"}}))
+    return Settings(
+        folder=str(tmp_path / "backups"),
+        data_dir=str(data),
+        config_dir=str(config),
+        prefix=str(release),
+        files=[str(tmp_path / "unit.service")],
+    )
+
+
+def rows(settings: Settings) -> list[tuple[int, int]]:
+    """Return the chats of the data folder."""
+    with contextlib.closing(sqlite3.connect(Path(settings.data_dir, "webui.db"))) as base:
+        return list(base.execute("SELECT n, twin FROM chat ORDER BY n"))
+
+
+def names(settings: Settings) -> list[str]:
+    """Return the names of everything in the folder of the archives, the lock apart."""
+    return sorted(path.name for path in Path(settings.folder).iterdir() if path.name != ".lock")
+
+
+def test_an_archive_holds_data_secrets_unit_and_versions(place: Settings) -> None:
+    made = webui_backup.create(place, "manual")
+    manifest = webui_backup.unpack(Path(made["archive"]), None)
+    assert set(manifest["files"]) == {
+        "data/webui.db",
+        "data/uploads/plan.txt",
+        "config/secret-key",
+        "config/admin-password",
+        "config/open-webui.env",
+        f"system{place.files[0]}",
+    }
+    assert (manifest["version"], manifest["release"], manifest["revision"]) == (
+        "0.12.4",
+        "0123456789ab",
+        "0bd252b206fb",
+    )
+    assert Path(made["archive"]).stat().st_mode & 0o777 == 0o600
+    assert names(place) == [Path(made["archive"]).name]
+    # Looking at the data has left no trace in them.
+    assert sorted(path.name for path in Path(place.data_dir).iterdir()) == ["uploads", "vector_db", "webui.db"]
+
+
+def test_a_host_without_data_has_nothing_to_save(place: Settings) -> None:
+    shutil.rmtree(place.data_dir)
+    assert webui_backup.create(place, "manual")["archive"] == ""
+
+
+def test_a_copy_is_consistent_while_others_write(place: Settings) -> None:
+    end = threading.Event()
+
+    def write() -> None:
+        with contextlib.closing(sqlite3.connect(Path(place.data_dir, "webui.db"), timeout=30)) as base:
+            number = 1
+            while not end.is_set():
+                number += 1
+                # Both rows in one transaction: a torn copy would show one of them.
+                base.execute("INSERT INTO chat VALUES (?, ?)", (number, -number))
+                base.execute("INSERT INTO chat VALUES (?, ?)", (-number, number))
+                base.commit()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        archives = [webui_backup.create(place, reason)["archive"] for reason in ("manual", "timer", "upgrade")]
+    finally:
+        end.set()
+        writer.join()
+    for archive in archives:
+        webui_backup.restore(place, archive)
+        found = rows(place)
+        assert sorted(n for n, _ in found if n != 1) == sorted(twin for n, twin in found if n != 1)
+        webui_backup.settle(place)
+
+
+def test_what_a_crash_left_in_the_log_is_saved(place: Settings) -> None:
+    code = (
+        "import os, sqlite3, sys; base = sqlite3.connect(sys.argv[1]); "
+        "base.execute('INSERT INTO chat VALUES (7, 7)'); base.commit(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, f"{place.data_dir}/webui.db"], check=True)
+    Path(place.data_dir, "webui.db-shm").unlink()
+    assert Path(place.data_dir, "webui.db-wal").stat().st_size > 0
+    before = sorted(path.name for path in Path(place.data_dir).iterdir())
+    made = webui_backup.create(place, "manual")
+    assert sorted(path.name for path in Path(place.data_dir).iterdir()) == before
+    webui_backup.restore(place, made["archive"])
+    assert (7, 7) in rows(place)
+
+
+def test_a_damaged_database_is_refused(place: Settings) -> None:
+    path = Path(place.data_dir, "webui.db")
+    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 8192)
+    with pytest.raises(BackupError, match="is damaged"):
+        webui_backup.create(place, "manual")
+    assert names(place) == []
+
+
+def test_the_oldest_of_each_reason_go(place: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = replace(place, keep=2)
+    folder = Path(place.folder)
+    folder.mkdir()
+    for day in range(10, 14):
+        for reason in ("timer", "upgrade"):
+            (folder / f"open-webui-202611{day}T000000Z-0.12.4-{reason}.tar.gz").touch()
+    (folder / "notes.txt").touch()
+    made = webui_backup.create(few, "timer")
+    assert len(made["removed"]) == 5
+    assert [name for name in names(few) if "upgrade" in name] == [
+        "open-webui-20261112T000000Z-0.12.4-upgrade.tar.gz",
+        "open-webui-20261113T000000Z-0.12.4-upgrade.tar.gz",
+    ]
+    assert len([name for name in names(few) if "timer" in name]) == 2
+    assert "notes.txt" in names(few)
+
+
+def test_restoring_brings_data_and_secrets_and_keeps_what_was_there(place: Settings) -> None:
+    made = webui_backup.create(place, "manual")
+    data, config = Path(place.data_dir), Path(place.config_dir)
+    (data / "uploads/plan.txt").write_text("overwritten")
+    (data / "new.txt").touch()
+    (data / "cache/embedding/models").mkdir(parents=True)
+    (data / "cache/embedding/models/weights").write_text("large")
+    (config / "secret-key").write_text("another")
+    (config / "open-webui.env").write_text("ANOTHER=1\n")
+    webui_backup.restore(place, made["archive"])
+    assert (data / "uploads/plan.txt").read_text() == "the plan"
+    assert not (data / "new.txt").exists()
+    assert (data / "cache/embedding/models/weights").read_text() == "large"
+    assert (config / "secret-key").read_text() == "key"
+    # The inventory says what is in the environment.
+    assert (config / "open-webui.env").read_text() == "ANOTHER=1\n"
+    assert webui_backup.is_unsettled(place)
+    with pytest.raises(BackupError, match="restore_unfinished"):
+        webui_backup.restore(place, made["archive"])
+
+    assert webui_backup.undo(place)
+    assert (data / "uploads/plan.txt").read_text() == "overwritten"
+    assert (data / "new.txt").exists()
+    assert (config / "secret-key").read_text() == "another"
+    assert not webui_backup.is_unsettled(place)
+    assert not webui_backup.undo(place)
+    assert sorted(path.name for path in data.iterdir()) == ["cache", "new.txt", "uploads", "vector_db", "webui.db"]
+
+    webui_backup.restore(place, made["archive"], whole=True)
+    assert (config / "open-webui.env").read_text() == 'PORT="1"\n'
+    assert webui_backup.settle(place)
+    assert not webui_backup.settle(place)
+    assert sorted(path.name for path in data.iterdir()) == ["cache", "uploads", "webui.db"]
+
+
+def test_a_restore_that_was_cut_while_it_moved_is_undone(place: Settings) -> None:
+    data = Path(place.data_dir)
+    before = sorted(path.name for path in data.iterdir())
+    (data / ".restore-old").mkdir()
+    (data / "uploads").rename(data / ".restore-old/uploads")
+    assert webui_backup.undo(place)
+    assert sorted(path.name for path in data.iterdir()) == before
+    assert (data / "uploads/plan.txt").exists()
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped", "foreign", "other"])
+def test_a_damaged_archive_is_refused_before_anything_changes(place: Settings, fault: str) -> None:
+    made = Path(webui_backup.create(place, "manual")["archive"])
+    content = bytearray(made.read_bytes())
+    if fault == "cut":
+        made.write_bytes(content[: len(content) * 2 // 3])
+    elif fault == "flipped":
+        plain = bytearray(gzip.decompress(content))
+        plain[plain.index(b"the plan")] ^= 1
+        made.write_bytes(gzip.compress(plain))
+    elif fault == "foreign":
+        with tarfile.open(made, "w:gz") as tar:
+            member = tarfile.TarInfo("../../etc/passwd")
+            tar.addfile(member)
+    else:
+        made.write_text("not an archive")
+    before = {path: path.read_bytes() for path in Path(place.data_dir).rglob("*") if path.is_file()}
+    for step in (webui_backup.check, webui_backup.restore):
+        with pytest.raises(BackupError, match=r"damaged|cut|which no backup holds"):
+            step(place, str(made))
+    assert {path: path.read_bytes() for path in Path(place.data_dir).rglob("*") if path.is_file()} == before
+    assert not webui_backup.is_unsettled(place)
+
+
+def test_data_of_a_later_release_are_refused(place: Settings) -> None:
+    made = webui_backup.create(place, "manual")
+    marker = Path(place.prefix, "release.json")
+    marker.write_text(marker.read_text().replace("0.12.4", "0.12.3"))
+    with pytest.raises(BackupError, match=r"0\.12\.4.*set open_webui_version"):
+        webui_backup.restore(place, made["archive"])
+    webui_backup.restore(place, made["archive"], any_version=True)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(place: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Path(webui_backup.create(place, "manual")["archive"]).name
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    with pytest.raises(BackupError, match=r"no room.*are needed.*backup_keep"):
+        webui_backup.create(place, "manual")
+    assert names(place) == [first]
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half(place: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(webui_backup.Archive, "close", full)
+    with pytest.raises(BackupError, match=r"is full.*older backups are as they were"):
+        webui_backup.create(place, "manual")
+    assert names(place) == []
+
+
+def test_two_at_once_do_not_mix(place: Settings) -> None:
+    Path(place.folder).mkdir()
+    with webui_backup.alone(Path(place.folder)), pytest.raises(BackupError, match="Another backup"):
+        webui_backup.create(place, "manual")
+
+
+def test_a_killed_backup_is_cleared_away(place: Settings) -> None:
+    Path(place.folder, ".partial-x").mkdir(parents=True)
+    made = webui_backup.create(place, "manual")
+    assert names(place) == [Path(made["archive"]).name]
+
+
+def test_another_database_is_not_passed_over_in_silence(place: Settings) -> None:
+    with Path(place.config_dir, "open-webui.env").open("a") as file:
+        file.write('DATABASE_URL="postgresql://u:secretword@db/x"\n')
+    with pytest.raises(BackupError, match="postgresql") as caught:
+        webui_backup.create(place, "manual")
+    assert "secretword" not in str(caught.value)
+
+
+def test_a_copy_goes_to_another_folder(place: Settings, tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    with pytest.raises(BackupError, match="Is it mounted"):
+        webui_backup.create(replace(place, copy_to=str(away)), "manual")
+    away.mkdir()
+    time.sleep(1.1)
+    made = Path(webui_backup.create(replace(place, copy_to=str(away)), "manual")["archive"])
+    assert (away / made.name).read_bytes() == made.read_bytes()
+
+
+def test_the_program_makes_a_backup_from_its_settings(place: Settings, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({**place.__dict__, "user": ""}))
+    command = [sys.executable, "-I", str(PROGRAM), str(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "-0.12.4-timer.tar.gz: Open WebUI 0.12.4, 6 files" in done.stdout
+    Path(place.data_dir, "webui.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 4096)
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+
+
+def parameters(settings: Settings, action: str, **given: object) -> dict[str, object]:
+    """Return the parameters of the module as Ansible hands them over."""
+    common = {"reason": "manual", "plain_kept": False, "archive": None, "newest_of": "", "identity": ""}
+    return {**settings.__dict__, **common, "whole": False, "any_version": False, "action": action, **given}
+
+
+def test_check_mode_says_what_would_be_done_and_does_nothing(place: Settings) -> None:
+    assert module.act(parameters(place, "create"), dry=True)["changed"] is True
+    assert not Path(place.folder).exists()
+    made = module.act(parameters(place, "create", reason="upgrade"), dry=False)
+    before = sorted(str(path) for path in Path(place.data_dir).rglob("*"))
+    foretold = module.act(parameters(place, "restore"), dry=True)
+    assert (foretold["changed"], foretold["archive"]) == (True, made["archive"])
+    assert module.act(parameters(place, "settle"), dry=True)["changed"] is False
+    assert sorted(str(path) for path in Path(place.data_dir).rglob("*")) == before
+
+
+def test_the_newest_archive_of_a_reason_is_found(place: Settings) -> None:
+    made = module.act(parameters(place, "create", reason="upgrade"), dry=False)
+    Path(place.folder, "open-webui-29991125T000000Z-0.12.4-timer.tar.gz").touch()
+    judged = module.act(parameters(place, "check", newest_of="upgrade"), dry=False)
+    assert (judged["changed"], judged["archive"]) == (False, made["archive"])
+    with pytest.raises(BackupError, match="holds no backup rollback"):
+        module.act(parameters(place, "check", newest_of="rollback"), dry=False)
+
+
+@pytest.mark.skipif(shutil.which("age-keygen") is None, reason="age is not installed here")
+def test_an_encrypted_archive_opens_with_the_key_alone(place: Settings) -> None:
+    key = subprocess.run(["age-keygen"], capture_output=True, text=True, check=True).stdout
+    recipient = next(word for word in key.split() if word.startswith("age1"))
+    locked = replace(place, recipient=recipient)
+    made = webui_backup.create(locked, "manual")
+    assert names(place) == [Path(made["archive"]).name]
+    assert made["archive"].endswith(".tar.gz.age")
+    assert b"the plan" not in Path(made["archive"]).read_bytes()
+    with pytest.raises(BackupError, match="restore_identity_file"):
+        webui_backup.check(locked, made["archive"])
+    other = subprocess.run(["age-keygen"], capture_output=True, text=True, check=True).stdout
+    with pytest.raises(BackupError, match="age refused"):
+        webui_backup.restore(locked, made["archive"], other)
+    assert not webui_backup.is_unsettled(locked)
+    webui_backup.restore(locked, made["archive"], key)
+    assert not list(Path("/run").glob("open-webui-backup.*"))
