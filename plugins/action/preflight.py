@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 # Facts that roles set for those that run after them; nobody writes them into an inventory.
-GIVEN_BY_ROLES = frozenset({"api_server_engine_resolved", "conda_env_release_prefix", "lmdeploy_release_prefix"})
+GIVEN_BY_ROLES = frozenset(
+    {"api_server_engine_resolved", "conda_env_release_prefix", "lmdeploy_release_prefix", "preflight_wsl"}
+)
 
 
 def plain(value: Any) -> Any:
@@ -221,6 +223,9 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
         if self._task.register:
             # Who registers wants data; everyone else reads the message, and should not read it twice.
             result["findings"] = data
+        if survey is not None:
+            # The survey saw it, so the playbook needn't ask the host again.
+            result["ansible_facts"] = {"preflight_wsl": survey["wsl"]["is_wsl"]}
         if survey is not None and desired.engine == "lmdeploy":
             result["tp"] = {instance.unit: tp_of(instance, survey) for instance in desired.instances}
         result["warnings"] = [block(warning) for warning in warnings]
