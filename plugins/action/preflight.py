@@ -55,6 +55,7 @@ GIVEN_BY_ROLES = frozenset(
         "conda_env_release_built",
         "conda_env_release_prefix",
         "lmdeploy_release_prefix",
+        "preflight_wsl",
     }
 )
 
@@ -229,6 +230,9 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
         if self._task.register:
             # Who registers wants data; everyone else reads the message, and should not read it twice.
             result["findings"] = data
+        if survey is not None:
+            # The survey saw it, so the playbook needn't ask the host again.
+            result["ansible_facts"] = {"preflight_wsl": survey["wsl"]["is_wsl"]}
         if survey is not None and desired.engine == "lmdeploy":
             result["tp"] = {instance.unit: dealt.tp for instance, dealt in layout(desired, survey)}
             result["gpus"] = {instance.unit: list(dealt.gpus) for instance, dealt in layout(desired, survey)}

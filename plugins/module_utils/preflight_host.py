@@ -163,6 +163,9 @@ def check_systemd(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """systemd: services are systemd units, so it must be process 1 and answer."""
     if survey["init"] == "systemd" and survey["systemd_state"] not in {"", "offline", "stopping"}:
         return
+    if survey["wsl"]["is_wsl"] and "wsl" in desired.roles:
+        # That role turns systemd on and says how to go on; nothing else is changed before.
+        return
     why = f"systemd does not run this host: process 1 is {survey['init'] or 'unknown'}."
     fix = "Use a host, a virtual machine or a container that boots systemd."
     if survey["init"] == "systemd":
@@ -292,17 +295,25 @@ def check_disk(desired: Desired, survey: Survey) -> Iterator[Finding]:
 
 
 def check_file_systems(desired: Desired, survey: Survey) -> Iterator[Finding]:
-    """data_dir, wsl_models: databases on local disks, models on Linux disks."""
+    """data_dir, wsl_models: databases on local disks, data and models on Linux disks."""
     data = desired.text("open_webui_data_dir")
     facts = survey["paths"].get(data)
     if "open_webui" in desired.roles and facts and facts["file_system"] in NETWORK_FILE_SYSTEMS:
         why = f"It is on {facts['file_system']}, and SQLite loses data on network file systems."
         yield desired.fault("data_dir", "open_webui_data_dir", data, why, "Set open_webui_data_dir to a local disk.")
-    folder = desired.text("model_weights_dir")
-    if survey["wsl"]["is_wsl"] and f"{folder}/".startswith("/mnt/"):
-        why = "Below /mnt lie the disks of Windows, from which loading a model takes many times longer."
-        fix = "Set model_weights_dir to a folder of the Linux disk, such as /var/lib/models."
-        yield desired.fault("wsl_models", "model_weights_dir", folder, why, fix)
+    if not survey["wsl"]["is_wsl"]:
+        return
+    if "open_webui" in desired.roles and data.startswith("/mnt/"):
+        why = "Below /mnt lie the disks of Windows, on which SQLite loses data."
+        fix = "Set open_webui_data_dir to a folder of the Linux disk, such as /var/lib/open-webui/data."
+        yield desired.fault("data_dir", "open_webui_data_dir", data, why, fix)
+    places = [("model_weights_dir", desired.text("model_weights_dir"))]
+    places += [(instance.variable("model"), instance.text("model")) for instance in desired.instances]
+    for variable, place in places:
+        if f"{place}/".startswith("/mnt/"):
+            why = "Below /mnt lie the disks of Windows, from which loading a model takes many times longer."
+            fix = f"Set {variable} to a place on the Linux disk, such as /var/lib/models."
+            yield desired.fault("wsl_models", variable, place, why, fix)
 
 
 def _is_needed(desired: Desired, survey: Survey, kind: str) -> bool:

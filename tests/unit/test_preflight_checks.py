@@ -164,6 +164,8 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
     ),
     ("port_privileged", wish(open_webui_port=443), {}, ["1024", "443"]),
     ("wsl_models", wish(model_weights_dir="/mnt/c/models"), {"wsl": WSL}, ["model_weights_dir", "Windows"]),
+    ("wsl_models", wish(api_server_model="/mnt/d/InternVL3"), {"wsl": WSL}, ["api_server_model", "Linux disk"]),
+    ("data_dir", wish(open_webui_data_dir="/mnt/c/chats"), {"wsl": WSL}, ["SQLite", "Linux disk"]),
     ("wsl_driver", wish(), {"wsl": {**WSL, "linux_drivers": ["/usr/lib/x86_64-linux-gnu/libcuda.so.1"]}}, ["libcuda"]),
 ]
 
@@ -209,6 +211,8 @@ GOOD: list[tuple[Desired, dict[str, Any]]] = [
     (wish(), {"os_id": "debian", "os_version": "13", "systemd_state": "degraded"}),
     (wish(_clock_offset_seconds=30.0), {}),
     (wish(open_webui_port=443), {"unprivileged_port": 0}),
+    # The role wsl turns systemd on before anything else happens.
+    (wish(_roles=["wsl"]), {"init": "init", "systemd_state": "", "wsl": WSL}),
     # Our own units hold our ports, and one may move to the other's.
     (wish(), {"listeners": [{**LISTENER, "unit": "open-webui.service"}]}),
     (wish(open_webui_port=8081, api_server_port=8080), {"listeners": [{**LISTENER, "unit": "open-webui.service"}]}),
