@@ -352,13 +352,15 @@ def _is_inside(path: str, folder: str) -> bool:
 
 def _settings_faults(config: Mapping[str, Any]) -> list[str]:
     found = []
-    for name in config["settings"]:
-        if NAME.match(str(name)) is None:
-            found.append(f"open_webui_settings has {name!r}, which is not a name for an environment variable")
-        elif name in OWNERS:
-            owner = OWNERS[name]
-            way_out = f"use {owner}" if owner.startswith("open_webui_") else f"leave it out, since {owner}"
-            found.append(f"open_webui_settings has {name}, which is the role's own: {way_out}")
-        elif "\0" in text_of(config["settings"][name]):
-            found.append(f"open_webui_settings.{name} holds a NUL character: leave it out")
+    # Both end in one file, so what is refused in one is no way around in the other.
+    for variable in ("settings", "environment"):
+        for name, value in config[variable].items():
+            if NAME.match(str(name)) is None:
+                found.append(f"open_webui_{variable} has {name!r}, which is not a name for an environment variable")
+            elif name in OWNERS:
+                owner = OWNERS[name]
+                way_out = f"use {owner}" if owner.startswith("open_webui_") else f"leave it out, since {owner}"
+                found.append(f"open_webui_{variable} has {name}, which is the role's own: {way_out}")
+            elif "\0" in text_of(value):
+                found.append(f"open_webui_{variable}.{name} holds a NUL character: leave it out")
     return found

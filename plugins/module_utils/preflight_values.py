@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine, open_webui
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
+    ERROR,
     LOOPBACK,
     Desired,
     Finding,
@@ -27,13 +28,16 @@ if TYPE_CHECKING:
 # Below these versions stand known security faults.
 FLOORS = {"lmdeploy": "0.18.0", "open_webui": ".".join(str(part) for part in open_webui.VERSION_FLOOR)}
 KEY_LENGTH = 32
+# What systemd, C libraries and llama.cpp hold in 32 bits.
+NUMBER_END = 2**31
 
 # Names of settings that end in a unit, an environment file or a command line.
 TEXT_NAME = re.compile(
     r"(^|_)(url|urls|dir|path|prefix|name|host|model|user|group|version|email|file|lock|template|parser|endpoint|"
     r"revision|id|proxy|gpus|python|channels|parsers)$"
 )
-PATH_NAME = re.compile(r"(^|_)(dir|path|prefix)$")
+# The prefix of a connection is a word; one in a variable of a role is a folder.
+PATH_NAME = re.compile(r"(^|_)(dir|path)$|_prefix$")
 # A person's name may hold quotes; it is data in one file that quotes it.
 FREE_TEXT = frozenset({"open_webui_admin_name"})
 HOSTILE = (
@@ -64,6 +68,15 @@ def check_ports(desired: Desired) -> Iterator[Finding]:
                 "A TCP port is a number from 1 to 65535.",
                 f"Set {variable} to a free port.",
             )
+
+
+def check_numbers(desired: Desired) -> Iterator[Finding]:
+    """number: no number of ours is negative, or larger than a unit and a program can hold."""
+    for name, value in desired.values.items():
+        for full, _last, leaf in _leaves(name, value):
+            if isinstance(leaf, int | float) and not 0 <= leaf < NUMBER_END:
+                why = f"Every number here is 0 or more, and below {NUMBER_END}."
+                yield desired.fault("number", full, leaf, why, f"Give {full} another number.")
 
 
 def check_port_clashes(desired: Desired) -> Iterator[Finding]:
@@ -273,6 +286,10 @@ def check_password(desired: Desired) -> Iterator[Finding]:
         why = f"It has {len(key)} characters; the least is {KEY_LENGTH}."
         fix = "Take a longer one, or leave it empty: a strong one is made and kept on the host."
         yield desired.fault("api_key", "api_server_api_key", key, why, fix)
+    elif re.search(r"[^!-~]", key):
+        why = "It holds a blank, a line break or a letter that is not ASCII, which no HTTP header carries whole."
+        fix = "Take letters and digits, or leave it empty: a strong one is made and kept on the host."
+        yield desired.fault("api_key", "api_server_api_key", key, why, fix)
     password = desired.text("open_webui_admin_password")
     if password and len(password) < open_webui.PASSWORD_CHARACTERS_MIN:
         why = f"It has {len(password)} characters; the least is {open_webui.PASSWORD_CHARACTERS_MIN}."
@@ -427,7 +444,8 @@ def _own_rules(desired: Desired) -> Iterator[str]:
 
 def check_rules_of_roles(desired: Desired, found: list[Finding]) -> Iterator[Finding]:
     """role_rule: whatever a role would refuse by itself, after others had changed the host."""
-    blamed = {finding.variable for finding in found}
+    # A warning is no refusal, and must not hide one.
+    blamed = {finding.variable for finding in found if finding.severity == ERROR}
     values = dict(desired.values)
     for instance in desired.instances:
         for name in [name for name in desired.values if name.startswith("api_server_")]:
@@ -446,6 +464,7 @@ def check_rules_of_roles(desired: Desired, found: list[Finding]) -> Iterator[Fin
 
 
 VALUE_CHECKS = (
+    check_numbers,
     check_ports,
     check_port_clashes,
     check_instance_names,
