@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from generate import HOSTILE
 from testinfra.host import Host
 
 ROOT = Path(__file__).parents[3]
@@ -29,6 +30,15 @@ SCORES = {"api-server.service": 1.3, "open-webui.service": 1.1}
 OTHERS = 2.0
 SEARCH = (SCENARIO / "files/search.py").read_text(encoding="utf-8")
 PROBE = (SCENARIO / "files/probe.py").read_text(encoding="utf-8")
+# What an inventory can't hold as data (templates), and what preflight refuses (no process can be given it).
+NOT_FOR_AN_ENVIRONMENT = ("template", "template_open", "statement", "nul", "lone_surrogate")
+# An inventory that gives no secret: connections follow the engine, and the rest is generated.
+FREE = {
+    "api_server_api_key": "",
+    "open_webui_admin_password": "",
+    "open_webui_connections": [],
+    "open_webui_secret_key": "",
+}
 PROBE_PATH = "/usr/local/lib/trust-probe.py"
 # What a copy of a unit leaves out: its program, and what belongs to that.
 PROGRAM = (
@@ -44,14 +54,20 @@ PROGRAM = (
 )
 
 
-def verb(name: str, *arguments: str, expected: int = 0, **variables: Any) -> str:
-    """Run a playbook on the host; variables go through a file, as secrets should. Return what it printed."""
-    inventories = [word for path in INVENTORIES for word in ("-i", path)]
+def verb(
+    name: str, *arguments: str, expected: int = 0, inventory: dict[str, Any] | None = None, **variables: Any
+) -> str:
+    """Run a playbook on the host and return what it printed. Variables go through files, as secrets should.
+
+    ``inventory`` is what the inventory says of the host; the other ones are given as on the command line.
+    """
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"}
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as extra:
-        json.dump(variables, extra)
-        extra.flush()
-        command = ["ansible-playbook", *inventories, f"playbooks/{name}.yml", "-e", f"@{extra.name}", *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        extra, hosts = Path(folder, "extra.json"), Path(folder, "hosts.json")
+        extra.write_text(json.dumps(variables), encoding="utf-8")
+        hosts.write_text(json.dumps({"all": {"hosts": {HOST: inventory or {}}}}), encoding="utf-8")
+        inventories = [word for path in (*INVENTORIES, str(hosts)) for word in ("-i", path)]
+        command = ["ansible-playbook", *inventories, f"playbooks/{name}.yml", "-e", f"@{extra}", *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == expected, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -201,21 +217,19 @@ def status_of(key: str) -> str:
 
 def test_the_engines_key_changes_in_two_steps(host: Host) -> None:
     old = canaries_by_name()["api_server_api_key"]
-    # Not given by the inventory any more: the connection follows the engine, and a key is generated.
-    free = {"api_server_api_key": "", "open_webui_connections": []}
-    output = verb("rotate", "-vvv", "--diff", rotate_steps="open", **free)
+    output = verb("rotate", "-vvv", "--diff", rotate_steps="open", inventory=FREE)
     new, beside = str(host.file(KEY_FILE).content_string).split()
     assert beside == old
     assert [status_of(key) for key in (new, old)] == ["200", "200"]
     assert "through Open WebUI" in verb("smoke")
-    again = verb("rotate", rotate_steps="open", **free)
+    again = verb("rotate", rotate_steps="open", inventory=FREE)
     assert str(host.file(KEY_FILE).content_string).split() == [new, old], again
-    output += verb("rotate", "-vvv", "--diff", rotate_steps="close", **free)
+    output += verb("rotate", "-vvv", "--diff", rotate_steps="close", inventory=FREE)
     assert str(host.file(KEY_FILE).content_string).split() == [new]
     assert [status_of(key) for key in (new, old)] == ["200", "401"]
     assert "through Open WebUI" in verb("smoke")
     assert in_output([old, new], output) == []
-    settled = verb("site", open_webui_admin_password="", open_webui_secret_key="", **free)
+    settled = verb("site", inventory=FREE)
     assert re.search(rf"^{HOST} .*\bchanged=0\b", settled, re.MULTILINE), settled
 
 
@@ -223,16 +237,34 @@ def test_secrets_of_the_interface_are_made_anew(host: Host) -> None:
     refusal = verb("rotate", expected=2, rotate_secrets="secret_key")
     assert "open_webui_secret_key" in refusal, refusal
     before = stored(host)
-    free = {"api_server_api_key": "", "open_webui_admin_password": "", "open_webui_secret_key": ""}
-    output = verb(
-        "rotate", "-vvv", "--diff", rotate_secrets="admin_password,secret_key", open_webui_connections=[], **free
-    )
+    output = verb("rotate", "-vvv", "--diff", rotate_secrets="admin_password,secret_key", inventory=FREE)
     after = stored(host)
     assert len(set(before) - set(after)) == 2, "the engine's key stays"
     assert in_output([*before, *after], output) == []
     # It signs in with the password that lies there now.
     assert "through Open WebUI" in verb("smoke")
     assert seen_on_host(after) == []
+
+
+def test_hostile_values_arrive_whole_and_nothing_else_does(host: Host) -> None:
+    """The texts that preflight lets into an environment, really applied: a process gets each as it was written."""
+    texts = {f"HOSTILE_{name.upper()}": text for name, text in HOSTILE.items() if name not in NOT_FOR_AN_ENVIRONMENT}
+    assert len(texts) > 30
+    before = str(host.file("/etc/systemd/system/open-webui.service").content_string)
+    verb("site", inventory={**FREE, "open_webui_settings": texts, "api_server_environment": texts})
+    process = host.check_output("systemctl show -P MainPID open-webui.service")
+    read = "import json, pathlib, sys; print(json.dumps(pathlib.Path(sys.stdin.read()).read_text()))"
+    environ = json.loads(on_host(read, f"/proc/{process}/environ")).split("\0")
+    given = dict(line.split("=", 1) for line in environ if line.startswith("HOSTILE_"))
+    assert given == texts
+    assert not [line for line in environ if line.startswith(("LD_PRELOAD", "User=", "touch"))]
+    assert host.file("/etc/systemd/system/open-webui.service").content_string == before
+    instance = json.loads(str(host.file("/etc/api-server/api-server.json").content_string))
+    assert {name: text for name, text in instance["environment"].items() if name in texts} == texts
+    started = host.check_output("systemctl show -P MainPID api-server.service")
+    arguments = json.loads(on_host(read, f"/proc/{started}/cmdline")).split("\0")
+    assert [Path(word).name for word in arguments if word] == ["python", "api_server_launcher.py"]
+    assert not host.file("/tmp/owned").exists
 
 
 def canaries_by_name() -> dict[str, str]:
