@@ -48,6 +48,8 @@ def two(**second: Any) -> list[dict[str, Any]]:
 FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
     ("port_range", wish(api_server_port=70000), {}, ["api_server_port", "70000", "65535"]),
     ("port_range", wish(open_webui_port=0), {}, ["open_webui_port"]),
+    ("number", wish(open_webui_start_timeout_seconds=-1), {}, ["open_webui_start_timeout_seconds", "-1"]),
+    ("number", wish(api_server_max_batch_size=2**31), {}, ["api_server_max_batch_size"]),
     ("port_clash", wish(open_webui_port=23333), {}, ["open_webui_port", "api-server.service", "api_server_port"]),
     ("port_clash", wish(open_webui_port=23333, open_webui_host="0.0.0.0"), {}, ["23333"]),
     (
