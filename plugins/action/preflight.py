@@ -133,8 +133,10 @@ def misfit(option: Mapping[str, Any], value: Any, *, inner: bool = False) -> str
     if value is None:
         may_lack = inner or ("default" in option and option["default"] is None)
         return "" if may_lack else "It has no value."
-    if kind in ("str", "path") and isinstance(value, bool):
-        return "It is true or false, which YAML also takes from words like no and on: put it in quotes."
+    if kind in ("str", "path"):
+        if isinstance(value, bool):
+            return "It is true or false, which YAML also takes from words like no and on: put it in quotes."
+        return "" if isinstance(value, str | int | float) else "It is no text."
     if kind == "list":
         if not isinstance(value, list):
             return "It is no list."

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine, open_webui
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.environment_file import NAME
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
     ERROR,
     LOOPBACK,
@@ -41,11 +43,16 @@ PATH_NAME = re.compile(r"(^|_)(dir|path)$|_prefix$")
 # A person's name may hold quotes; it is data in one file that quotes it.
 FREE_TEXT = frozenset({"open_webui_admin_name"})
 HOSTILE = (
-    (re.compile(r"[\x00-\x1f\x7f]"), "a line break or another control character"),
+    (re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]"), "a line break or another control character"),
     (re.compile(r"[\"'`]"), "a quote"),
     (re.compile(r"\{\{|\{%|\{#"), "the start of a template"),
     (re.compile(r"%"), "a percent sign"),
     (re.compile(r"[\\$]"), "a backslash or a dollar sign"),
+)
+# Never a folder of ours.
+SYSTEM_FOLDERS = frozenset(
+    "/ /bin /boot /dev /etc /home /lib /lib64 /opt /proc /root /run /sbin /srv /sys /tmp /usr /usr/bin /usr/lib "
+    "/usr/local /usr/sbin /usr/share /var /var/lib /var/log".split()  # noqa: SIM905  # a line of words reads better than a column
 )
 # Flags that the role's own variables set, and what sets them.
 OWN_FLAGS = {
@@ -271,6 +278,11 @@ def check_urls(desired: Desired) -> Iterator[Finding]:
 
 def check_folders(desired: Desired) -> Iterator[Finding]:
     """data_dir: what people keep does not lie in what an update replaces."""
+    for variable in ("miniconda_prefix", "model_weights_dir"):
+        path = desired.text(variable)
+        if path.startswith("/") and posixpath.normpath(path).replace("//", "/") in SYSTEM_FOLDERS:
+            why = "It belongs to the system, and what lies in this folder is replaced, and removed at the end."
+            yield desired.fault("data_dir", variable, path, why, f"Set {variable} to a folder of its own.")
     prefix = desired.text("miniconda_prefix").rstrip("/")
     for variable in ("open_webui_data_dir", "model_weights_dir"):
         path = desired.text(variable)
@@ -338,6 +350,11 @@ def _hostile(variable: str, last: str, text: str) -> str:
 def check_texts(desired: Desired) -> Iterator[Finding]:
     """hostile_text, path: names, paths and addresses that mean the same in a unit, a file and a command line."""
     for name, value in desired.values.items():
+        keys = [str(key) for key in value] if name.endswith("_environment") and isinstance(value, dict) else []
+        for key in keys:
+            if NAME.match(key) is None:
+                why = f"It has {key!r}, which is not a name for an environment variable: letters, digits and _ only."
+                yield desired.fault("hostile_text", name, key, why, f"Write {name} without it.")
         for full, last, leaf in _leaves(name, value):
             if not isinstance(leaf, str) or not leaf or not (TEXT_NAME.search(last) or TEXT_NAME.search(name)):
                 continue

@@ -141,7 +141,7 @@ def wanted_content(entry: dict[str, Any], current: str | None) -> str:
 
 def read(path: Path) -> str | None:
     """Return a file's text, or None where there is none."""
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return path.read_bytes().decode("utf-8") if path.is_file() else None
 
 
 def judge(entry: dict[str, Any], copies: dict[str, Path]) -> str:

@@ -236,6 +236,10 @@ def faults_of_names(names: list[str]) -> Iterator[Fault]:
                 yield Fault("unknown", wrong, "", setting(wrong, "x"))
 
 
+# LMDeploy with a model that it serves, whatever the inventory had.
+GPU = {"api_server_engine": "lmdeploy", "api_server_model": "OpenGVLab/InternVL3-14B-Instruct"}
+
+
 def contradictions() -> Iterator[Fault]:
     """Yield what is good by itself and wrong beside something else."""
     one, two = {"name": "one", "port": 23401}, {"name": "two", "port": 23401}
@@ -261,14 +265,14 @@ def contradictions() -> Iterator[Fault]:
         ("miniconda_prefix", "the system", {"miniconda_prefix": "/usr"}),
         ("open_webui_version", "too old", {"open_webui_version": "0.6.5"}),
         ("open_webui_version", "without a lock", {"open_webui_version": "9.9.9"}),
-        ("lmdeploy_version", "too old", {"api_server_engine": "lmdeploy", "lmdeploy_version": "0.9.0"}),
+        ("lmdeploy_version", "too old", {**GPU, "lmdeploy_version": "0.9.0"}),
         ("open_webui_env_name", "the engine's", {"open_webui_env_name": "llama-cpp", "api_server_engine": "llama_cpp"}),
         ("api_server_cache_max_entry_count", "not of llama.cpp", {
             "api_server_engine": "llama_cpp", "api_server_cache_max_entry_count": 0.5}),
         ("api_server_extra_args", "the key", {"api_server_extra_args": ["--api-keys", KEY]}),
         ("api_server_extra_args", "the key, by equals", {"api_server_extra_args": [f"--api-keys={KEY}"]}),
         ("api_server_extra_args", "the key, cut short", {
-            "api_server_engine": "lmdeploy", "api_server_extra_args": ["--api-key", KEY]}),
+            **GPU, "api_server_extra_args": ["--api-key", KEY]}),
         ("api_server_extra_args", "the key of llama.cpp", {"api_server_extra_args": [f'api_keys=["{KEY}"]']}),
         ("api_server_extra_args", "the address", {"api_server_extra_args": ["--server-name", "0.0.0.0"]}),
         ("api_server_extra_args", "llama.cpp's address", {
@@ -291,9 +295,9 @@ def contradictions() -> Iterator[Fault]:
         ("open_webui_connections", "twice the same", {
             "open_webui_connections": [{"url": "http://a/v1"}, {"url": "http://a/v1/"}]}),
         ("miniconda_installer_sha256", "not one", {"miniconda_installer_sha256": "zz"}),
-        ("api_server_tp", "three", {"api_server_engine": "lmdeploy", "api_server_tp": "3"}),
+        ("api_server_tp", "three", {**GPU, "api_server_tp": "3"}),
         ("api_server_trust_remote_code", "a word", {
-            "api_server_engine": "lmdeploy", "api_server_trust_remote_code": "false"}),
+            **GPU, "api_server_trust_remote_code": "false"}),
         ("open_webui_signup_enabled", "a word", {"open_webui_signup_enabled": "false"}),
     ):  # fmt: skip
 

@@ -253,7 +253,7 @@ def test_hostile_values_arrive_whole_and_nothing_else_does(host: Host) -> None:
     before = str(host.file("/etc/systemd/system/open-webui.service").content_string)
     verb("site", inventory={**FREE, "open_webui_settings": texts, "api_server_environment": texts})
     process = host.check_output("systemctl show -P MainPID open-webui.service")
-    read = "import json, pathlib, sys; print(json.dumps(pathlib.Path(sys.stdin.read()).read_text()))"
+    read = "import json, pathlib, sys; print(json.dumps(pathlib.Path(sys.stdin.read()).read_bytes().decode()))"
     environ = json.loads(on_host(read, f"/proc/{process}/environ")).split("\0")
     given = dict(line.split("=", 1) for line in environ if line.startswith("HOSTILE_"))
     assert given == texts
