@@ -133,6 +133,33 @@ def checked(name: str, option: Mapping[str, Any], value: Any) -> tuple[Any, list
     return plain(outcome.validated_parameters.get(name)), list(outcome.error_messages)
 
 
+def misfit(option: Mapping[str, Any], value: Any, *, inner: bool = False) -> str:
+    """Return why a role would not see in a value what its spec sees in it, '' where both see the same.
+
+    A spec reads text as a list or dict of its own making, and passes over what has no value; a role does neither.
+    """
+    kind = option.get("type", "str")
+    if value is None:
+        may_lack = inner or ("default" in option and option["default"] is None)
+        return "" if may_lack else "It has no value."
+    if kind in ("str", "path"):
+        if isinstance(value, bool):
+            return "It is true or false, which YAML also takes from words like no and on: put it in quotes."
+        return "" if isinstance(value, str | int | float) else "It is no text."
+    if kind == "list":
+        if not isinstance(value, list):
+            return "It is no list."
+        entry = {"type": option.get("elements", "raw"), "options": option.get("options") or {}}
+        return next((f"An entry: {wrong}" for item in value if (wrong := misfit(entry, item))), "")
+    if kind == "dict":
+        if not isinstance(value, dict):
+            return "It is no dict."
+        known = (option.get("options") or {}).items()
+        found = ((key, misfit(part, value.get(key), inner=True)) for key, part in known)
+        return next((f"Its {key}: {wrong}" for key, wrong in found if wrong), "")
+    return ""
+
+
 @dataclass
 class Read:
     """A role's variables as the role will see them, and the faults found on the way."""
@@ -182,7 +209,9 @@ class Reader:
         hidden = bool(option.get("no_log")) or SECRET_NAME.search(name) is not None
         if hidden and isinstance(value, str) and len(value) >= 4:
             self.secrets.add(value)
+        wrong = misfit(option, value)
         value, messages = checked(name, option, value)
+        messages = messages or [wrong] * bool(wrong)
         if not messages:
             result.found[name] = value
             return
@@ -289,7 +318,7 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
         """Return the text of a file on the controller, None where there is none."""
         try:
             return Path(self._loader.path_dwim(path)).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):
             return None
 
     def _ca(self, desired: Desired) -> str:

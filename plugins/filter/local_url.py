@@ -48,7 +48,7 @@ LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1", "": "127.0.0.
 
 def local_url(host: str, port: int) -> str:
     """Return the address at which a client on the same host reaches a server that listens on ``host``."""
-    address = LOOPBACK.get(host, host)
+    address = LOOPBACK.get(str(host), str(host))
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 

@@ -12,6 +12,8 @@ import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.environment_file import NAME
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.gpu_layout import (
     Dealt,
     Wanted,
@@ -52,6 +54,8 @@ LLAMA_PARAMETERS = (
     ("n_parallel", "max_batch_size"),
     ("chat_template", "chat_template"),
 )
+# Set by more than its own text.
+LLAMA_HOSTS = (("hostnames", "host"), ("model.path", "model"), ("model_alias", "model_name"))
 # What llama.cpp has no counterpart for.
 LMDEPLOY_ONLY = ("cache_max_entry_count", "tool_call_parser")
 # Addresses that mean every network of the host.
@@ -103,6 +107,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_address(host: str) -> bool:
+    """Tell whether a server can listen on it: a number, or the one name that every host has."""
+    try:
+        return host == "localhost" or bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def is_network(text: str) -> bool:
+    """Tell whether systemd takes it for a network."""
+    try:
+        return bool(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        return False
+
+
 def client_address(host: str) -> str:
     """Return the address by which this host reaches a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)  # noqa: S104  # asked, not bound
@@ -125,7 +145,8 @@ def lmdeploy_arguments(instance: dict[str, Any]) -> list[str]:
     for flag, key in LMDEPLOY_FLAGS:
         if is_set(instance.get(key)):
             arguments += [flag, str(instance[key])]
-    if instance.get("trust_remote_code"):
+    # On the command line, false is a word: -e api_server_trust_remote_code=false.
+    if boolean(instance.get("trust_remote_code"), strict=False):
         arguments.append("--trust-remote-code")
     return arguments + [str(argument) for argument in instance.get("extra_args") or []]
 
@@ -188,15 +209,23 @@ def instance_faults(instance: dict[str, Any], networks: list[str]) -> list[str]:
         )
     if not 1 <= int(instance["port"]) <= 65535:
         faults.append(f"{prefix}port is {instance['port']}: a port is a number from 1 to 65535")
-    if not is_loopback(instance["host"]) and not networks:
+    if not is_address(instance["host"]):
+        faults.append(
+            f"{prefix}host is {instance['host']!r}, which is no address: 127.0.0.1, 0.0.0.0 or one of the host"
+        )
+    elif not is_loopback(instance["host"]) and not networks:
         faults.append(
             f"{prefix}host is {instance['host']}, but api_server_allowed_networks is empty, so nobody could reach it: "
             "name the networks of its clients, for example ['10.0.0.0/24']"
         )
-    managed = dict(LMDEPLOY_FLAGS + LLAMA_PARAMETERS)
+    share = instance.get("cache_max_entry_count")
+    if share not in (None, "") and not 0 <= float(share) <= 1:
+        faults.append(f"{prefix}cache_max_entry_count is {share}: it is a part of the memory, from 0 to 1")
+    faults += environment_faults(f"{prefix}environment", instance.get("environment") or {})
+    managed = dict(LMDEPLOY_FLAGS + LLAMA_PARAMETERS + LLAMA_HOSTS)
     for argument in instance.get("extra_args") or []:
         name = str(argument).split("=", 1)[0]
-        if name in SECRET_ARGUMENTS:
+        if name in SECRET_ARGUMENTS or re.fullmatch("--api(-k(e(ys?)?)?)?", name):
             faults.append(f"{prefix}extra_args holds {name}: keys are set by api_server_api_key, out of sight of `ps`")
         elif name in managed:
             faults.append(f"{prefix}extra_args holds {name}: set {prefix}{managed[name]} instead")
@@ -207,6 +236,26 @@ def instance_faults(instance: dict[str, Any], networks: list[str]) -> list[str]:
             if is_set(instance.get(key))
         ]
     return faults
+
+
+def environment_faults(variable: str, environment: dict[str, Any]) -> list[str]:
+    """Return which variables no process can be given."""
+    names = [
+        f"{variable} has {name!r}, which is not a name for an environment variable: letters, digits and _ only"
+        for name in map(str, environment)
+        if NAME.match(name) is None
+    ]
+    values = [name for name, value in environment.items() if value is None or "\0" in str(value)]
+    return names + [f"{variable} has no value for {name}, or a NUL character in it: give it one" for name in values]
+
+
+def network_faults(networks: list[str]) -> list[str]:
+    """Return which networks are none."""
+    return [
+        f"api_server_allowed_networks has {network!r}: a network is written as 10.0.0.0/24, and all of them as any"
+        for network in map(str, networks)
+        if network != "any" and not is_network(network)
+    ]
 
 
 def name_faults(names: list[str]) -> list[str]:
@@ -245,6 +294,7 @@ def engine_instances(
     ``numa_affinity``.
     """
     faults = name_faults([str(item.get("name", "")) for item in instances])
+    faults += network_faults(settings["allowed_networks"])
     result = []
     for given in instances or [{}]:
         name = str(given.get("name", ""))
@@ -259,13 +309,17 @@ def engine_instances(
             # Where the link leads now: a new revision of the model is a change, never a surprise at the next restart.
             instance["model_path"] = host.get("models", {}).get(path, path)
             instance["size"] = estimate(instance["model"], host.get("model_facts", {}).get(path))
+        except ValueError as error:
+            faults.append(f"{prefix}model: {error}")
+            continue
+        try:
             gpus = len(instance.get("gpus") or []) or int(host.get("gpus", 0))
             instance["wanted_tp"] = instance["tp"]
             instance["tp"] = tensor_parallel(instance["tp"], gpus, wsl=bool(host.get("wsl")))
-        except ValueError as error:
-            faults.append(f"{prefix}model or {prefix}tp: {error}")
+        except (ValueError, TypeError):
+            faults.append(f"{prefix}tp is {instance['tp']!r}: it is auto, or a number of GPUs such as 1, 2 or 4")
             continue
-        instance["model_name"] = instance.get("model_name") or model_name(instance["model"])
+        instance["model_name"] = str(instance.get("model_name") or model_name(instance["model"]))
         instance["port"] = int(instance["port"])
         instance["url"] = url(instance["host"], instance["port"])
         faults += instance_faults(instance, settings["allowed_networks"])

@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ansible.module_utils.parsing.convert_bool import boolean
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -59,9 +61,10 @@ def fetch_environment(settings: Mapping[str, Any]) -> dict[str, str]:
         environment.update(dict.fromkeys(("NO_PROXY", "no_proxy"), str(settings["no_proxy"])))
     if settings.get("ca_file"):
         environment.update(dict.fromkeys(TRUST_VARIABLES, TRUST_STORE))
-    if settings.get("modelscope_enabled"):
+    # On the command line, false is a word: -e mirrors_offline=false.
+    if boolean(settings.get("modelscope_enabled"), strict=False):
         environment["LMDEPLOY_USE_MODELSCOPE"] = "True"
     # An endpoint of one's own is a hub that answers without the internet.
-    if settings.get("offline") and not settings.get("hf_endpoint"):
+    if boolean(settings.get("offline"), strict=False) and not settings.get("hf_endpoint"):
         environment.update(dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "1"))
     return environment

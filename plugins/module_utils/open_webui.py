@@ -78,6 +78,13 @@ WITHOUT_TOOLS: dict[str, Any] = {
     "DEFAULT_MODEL_PARAMS": {"function_calling": "legacy"},
 }
 
+# Variables that are text, also where they look like numbers.
+TEXTS = (
+    "admin_email", "admin_name", "admin_password", "data_dir", "host", "profile", "secret_key", "static_dir", "url",
+    "version",
+)  # fmt: skip
+CONNECTION_TEXTS = ("url", "api_key", "prefix")
+
 # What ProtectHome= and PrivateTmp= keep from the unit.
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - nothing is written there
 INSTALLERS = ("PIP_", "UV_", "CONDA_")
@@ -110,6 +117,16 @@ def ollama_url(url: str) -> str:
     return cleaned[: -len("/v1")] if urlsplit(url.strip()).path in ("", "/") else cleaned
 
 
+def as_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables with numbers as text where text is meant: a password of digits alone is a number in YAML."""
+
+    def texts(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        return {n: str(v) if n in names and isinstance(v, int | float) else v for n, v in values.items()}
+
+    connections = [texts(entry, CONNECTION_TEXTS) for entry in config["connections"]]
+    return {**texts(config, TEXTS), "connections": connections}
+
+
 def merged(default: Any, given: Any) -> Any:
     """Return ``given`` over ``default``: dicts key by key, everything else replaced."""
     if isinstance(default, dict) and isinstance(given, dict):
@@ -123,6 +140,7 @@ def environment(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     ``variables`` holds what may be shown, ``secrets`` the keys of the connections. The secret key and the admin's
     password are not here: they are made on the host and don't leave it.
     """
+    config = as_text(config)
     connections: Sequence[Mapping[str, Any]] = config["connections"]
     values: dict[str, Any] = {
         **CLOSED,
@@ -168,6 +186,7 @@ def environment(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 def faults(config: Mapping[str, Any]) -> list[str]:
     """Return every fault of the role's variables, each as one sentence with variable, value and way out."""
+    config = as_text(config)
     return [
         *_version_faults(config),
         *_address_faults(config),
@@ -352,13 +371,15 @@ def _is_inside(path: str, folder: str) -> bool:
 
 def _settings_faults(config: Mapping[str, Any]) -> list[str]:
     found = []
-    for name in config["settings"]:
-        if NAME.match(str(name)) is None:
-            found.append(f"open_webui_settings has {name!r}, which is not a name for an environment variable")
-        elif name in OWNERS:
-            owner = OWNERS[name]
-            way_out = f"use {owner}" if owner.startswith("open_webui_") else f"leave it out, since {owner}"
-            found.append(f"open_webui_settings has {name}, which is the role's own: {way_out}")
-        elif "\0" in text_of(config["settings"][name]):
-            found.append(f"open_webui_settings.{name} holds a NUL character: leave it out")
+    # Both end in one file, so what is refused in one is no way around in the other.
+    for variable in ("settings", "environment"):
+        for name, value in config[variable].items():
+            if NAME.match(str(name)) is None:
+                found.append(f"open_webui_{variable} has {name!r}, which is not a name for an environment variable")
+            elif name in OWNERS:
+                owner = OWNERS[name]
+                way_out = f"use {owner}" if owner.startswith("open_webui_") else f"leave it out, since {owner}"
+                found.append(f"open_webui_{variable} has {name}, which is the role's own: {way_out}")
+            elif re.search(r"[\0\ud800-\udfff]", text_of(value)):
+                found.append(f"open_webui_{variable}.{name} holds a NUL character, or what is no text: leave it out")
     return found

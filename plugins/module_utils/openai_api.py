@@ -12,6 +12,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
+def first_key(text: str) -> str:
+    """Return the key that clients are to send: the first line of a key file; others are valid while keys change."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
 class ApiFault(Exception):
     """The server did not answer as it should; the text says what it did, and never holds the key."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 def read(path: Path) -> str | None:
     """Return a file's text, or None where there is none."""
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return path.read_bytes().decode("utf-8") if path.is_file() else None
 
 
 def group_id(name: str) -> int:

@@ -54,6 +54,7 @@ CHECKS = {
     "mig": "the engine's cards are not cut into slices",
     "mirror": "every place that something must still be fetched from answers",
     "model_format": "llama.cpp gets a GGUF file, LMDeploy none",
+    "number": "numbers are 0 or more, and not beyond what programs hold",
     "os": "the operating system is one that the roles are tested on",
     "path": "paths are absolute",
     "port_clash": "no two of our services want one port",

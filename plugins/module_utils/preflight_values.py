@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine, gateway, open_webui
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.environment_file import NAME
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
+    ERROR,
     LOOPBACK,
     Desired,
     Finding,
@@ -27,22 +30,32 @@ if TYPE_CHECKING:
 # Below these versions stand known security faults.
 FLOORS = {"lmdeploy": "0.18.0", "open_webui": ".".join(str(part) for part in open_webui.VERSION_FLOOR)}
 KEY_LENGTH = 32
+# What systemd, C libraries and llama.cpp hold in 32 bits.
+NUMBER_END = 2**31
 
 # Names of settings that end in a unit, an environment file or a command line.
 TEXT_NAME = re.compile(
     r"(^|_)(url|urls|dir|path|prefix|name|host|model|user|group|version|email|file|lock|template|parser|endpoint|"
     r"revision|id|proxy|gpus|python|channels|parsers)$"
 )
-PATH_NAME = re.compile(r"(^|_)(dir|path|prefix)$")
+# The prefix of a connection is a word; one in a variable of a role is a folder.
+PATH_NAME = re.compile(r"(^|_)(dir|path)$|_prefix$")
 CONNECTIONS = "open_webui_connections"
 # A person's name may hold quotes; it is data in one file that quotes it.
 FREE_TEXT = frozenset({"open_webui_admin_name"})
 HOSTILE = (
-    (re.compile(r"[\x00-\x1f\x7f]"), "a line break or another control character"),
+    (re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]"), "a line break or another control character"),
     (re.compile(r"[\"'`]"), "a quote"),
     (re.compile(r"\{\{|\{%|\{#"), "the start of a template"),
     (re.compile(r"%"), "a percent sign"),
     (re.compile(r"[\\$]"), "a backslash or a dollar sign"),
+)
+# Never a folder of ours.
+SYSTEM_FOLDERS = frozenset(
+    (
+        "/ /bin /boot /dev /etc /home /lib /lib64 /opt /proc /root /run /sbin /srv /sys /tmp /usr /usr/bin /usr/lib "
+        "/usr/local /usr/sbin /usr/share /var /var/lib /var/log"
+    ).split()
 )
 # Flags that the role's own variables set, and what sets them.
 OWN_FLAGS = {
@@ -65,6 +78,15 @@ def check_ports(desired: Desired) -> Iterator[Finding]:
                 "A TCP port is a number from 1 to 65535.",
                 f"Set {variable} to a free port.",
             )
+
+
+def check_numbers(desired: Desired) -> Iterator[Finding]:
+    """number: no number of ours is negative, or larger than a unit and a program can hold."""
+    for name, value in desired.values.items():
+        for full, _last, leaf in _leaves(name, value):
+            if isinstance(leaf, int | float) and not 0 <= leaf < NUMBER_END:
+                why = f"Every number here is 0 or more, and below {NUMBER_END}."
+                yield desired.fault("number", full, leaf, why, f"Give {full} another number.")
 
 
 def check_port_clashes(desired: Desired) -> Iterator[Finding]:
@@ -259,6 +281,11 @@ def check_urls(desired: Desired) -> Iterator[Finding]:
 
 def check_folders(desired: Desired) -> Iterator[Finding]:
     """data_dir: what people keep does not lie in what an update replaces."""
+    for variable in ("miniconda_prefix", "model_weights_dir"):
+        path = desired.text(variable)
+        if path.startswith("/") and posixpath.normpath(path).replace("//", "/") in SYSTEM_FOLDERS:
+            why = "It belongs to the system, and what lies in this folder is replaced, and removed at the end."
+            yield desired.fault("data_dir", variable, path, why, f"Set {variable} to a folder of its own.")
     prefix = desired.text("miniconda_prefix").rstrip("/")
     for variable in ("open_webui_data_dir", "model_weights_dir"):
         path = desired.text(variable)
@@ -273,6 +300,10 @@ def check_password(desired: Desired) -> Iterator[Finding]:
     if key and len(key) < KEY_LENGTH and desired.instances:
         why = f"It has {len(key)} characters; the least is {KEY_LENGTH}."
         fix = "Take a longer one, or leave it empty: a strong one is made and kept on the host."
+        yield desired.fault("api_key", "api_server_api_key", key, why, fix)
+    elif re.search(r"[^!-~]", key):
+        why = "It holds a blank, a line break or a letter that is not ASCII, which no HTTP header carries whole."
+        fix = "Take letters and digits, or leave it empty: a strong one is made and kept on the host."
         yield desired.fault("api_key", "api_server_api_key", key, why, fix)
     password = desired.text("open_webui_admin_password")
     if password and len(password) < open_webui.PASSWORD_CHARACTERS_MIN:
@@ -322,6 +353,11 @@ def _hostile(variable: str, last: str, text: str) -> str:
 def check_texts(desired: Desired) -> Iterator[Finding]:
     """hostile_text, path: names, paths and addresses that mean the same in a unit, a file and a command line."""
     for name, value in desired.values.items():
+        keys = [str(key) for key in value] if name.endswith("_environment") and isinstance(value, dict) else []
+        for key in keys:
+            if NAME.match(key) is None:
+                why = f"It has {key!r}, which is not a name for an environment variable: letters, digits and _ only."
+                yield desired.fault("hostile_text", name, key, why, f"Write {name} without it.")
         for full, last, leaf in _leaves(name, value):
             if not isinstance(leaf, str) or not leaf or not (TEXT_NAME.search(last) or TEXT_NAME.search(name)):
                 continue
@@ -434,7 +470,8 @@ def _own_rules(desired: Desired) -> Iterator[str]:
 
 def check_rules_of_roles(desired: Desired, found: list[Finding]) -> Iterator[Finding]:
     """role_rule: whatever a role would refuse by itself, after others had changed the host."""
-    blamed = {finding.variable for finding in found}
+    # A warning is no refusal, and must not hide one.
+    blamed = {finding.variable for finding in found if finding.severity == ERROR}
     values = dict(desired.values)
     for instance in desired.instances:
         for name in [name for name in desired.values if name.startswith("api_server_")]:
@@ -453,6 +490,7 @@ def check_rules_of_roles(desired: Desired, found: list[Finding]) -> Iterator[Fin
 
 
 VALUE_CHECKS = (
+    check_numbers,
     check_ports,
     check_port_clashes,
     check_instance_names,

@@ -20,7 +20,8 @@ class PrivateFiles:
     def read(self, path: Path) -> str | None:
         """Return a file's content, or None where there is none."""
         try:
-            return path.read_text(encoding="utf-8", errors="replace")
+            # As it stands there: reading as text would take a carriage return for a line break.
+            return path.read_bytes().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return None
 

@@ -87,7 +87,12 @@ import re
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.selfhost.lmdeploy.plugins.module_utils.openai_api import ApiFault, OpenAI, probe
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.openai_api import (
+    ApiFault,
+    OpenAI,
+    first_key,
+    probe,
+)
 
 
 def main() -> None:
@@ -106,7 +111,7 @@ def main() -> None:
     )
     given = module.params
     try:
-        key = Path(given["api_key_file"]).read_text(encoding="ascii").strip() if given["api_key_file"] else ""
+        key = first_key(Path(given["api_key_file"]).read_text(encoding="utf-8")) if given["api_key_file"] else ""
         # Whatever happens from here on, the key is blanked in what Ansible shows.
         module.no_log_values.update({key} - {""})
         server = OpenAI(given["url"], key, given["timeout_seconds"])

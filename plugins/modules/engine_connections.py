@@ -76,6 +76,7 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import is_loopback, url
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.openai_api import first_key
 
 KEY_FILE = "api-key"
 
@@ -95,7 +96,7 @@ def engines(folder: Path, address: str) -> list[dict[str, str]]:
 def learn(folder: Path, address: str) -> dict[str, list[dict[str, str]]]:
     """Return the connections and the engines; none on a host without a key."""
     try:
-        key = (folder / KEY_FILE).read_text(encoding="utf-8").strip()
+        key = first_key((folder / KEY_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"connections": [], "engines": []}
     found = engines(folder, address)

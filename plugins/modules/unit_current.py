@@ -97,7 +97,15 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-PROPERTIES = ("LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload", "FragmentPath", "DropInPaths")
+PROPERTIES = (
+    "LoadState",
+    "ActiveState",
+    "SubState",
+    "UnitFileState",
+    "NeedDaemonReload",
+    "FragmentPath",
+    "DropInPaths",
+)
 STARTED_AT = "ExecMainStartTimestamp"
 # A start changes the state of a unit, and so does a reload.
 SETTLED_AT = "StateChangeTimestamp"

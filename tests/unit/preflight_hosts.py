@@ -39,6 +39,7 @@ COMPUTED: dict[str, Any] = {
     "lmdeploy_env_name": "lmdeploy",
     "lmdeploy_lock": "/locks/lmdeploy-0.18.0.txt",
     "llama_cpp_lock": "/locks/xllamacpp.txt",
+    "mirrors_conda_channels": ["conda-forge"],
     "model_weights_hub": "huggingface",
     "api_server_model": "OpenGVLab/InternVL3-8B",
     "api_server_models_dir": "/var/lib/models",

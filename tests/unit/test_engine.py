@@ -171,7 +171,7 @@ def test_one_name_twice_is_refused() -> None:
         ({"model": "a/b/c"}, "'a/b/c' is no model"),
         ({"host": "10.0.0.5"}, "api_server_allowed_networks is empty"),
         ({"host": "0.0.0.0"}, "api_server_allowed_networks is empty"),
-        ({"tp": "many"}, "api_server_model or api_server_tp"),
+        ({"tp": "many"}, "api_server_tp is 'many'"),
         ({"extra_args": ["--api-keys", "secret"]}, "keys are set by api_server_api_key"),
         ({"extra_args": ["--server-port=1"]}, "set api_server_port instead"),
         ({"engine_name": "llama_cpp", "tool_call_parser": "qwen"}, "which the engine llama_cpp does not have"),

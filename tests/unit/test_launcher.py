@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import json
 import os
@@ -44,8 +45,10 @@ class Manager:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        while data := self.socket.recv(65536):
-            self.told.append((time.monotonic(), data.decode()))
+        # The test's end closes the socket under this thread.
+        with contextlib.suppress(OSError):
+            while data := self.socket.recv(65536):
+                self.told.append((time.monotonic(), data.decode()))
 
     def count(self, word: str) -> int:
         """Return how many messages held a word."""
@@ -323,6 +326,62 @@ def test_it_serves_in_process_and_the_key_does_not_show(unit: Unit, manager: Man
     given = json.loads(out.splitlines()[0])
     assert given["argv"][-2:] == ["--api-keys", KEY]
     assert given["given"]["api_keys"] == [KEY]
+
+
+def status(port: int, key: str) -> int:
+    """Return how an engine answers a key."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    with contextlib.closing(connection):
+        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+        return connection.getresponse().status
+
+
+def test_keys_change_while_it_serves(unit: Unit, manager: Manager) -> None:
+    new = "n" * 32
+    runtime = unit.folder / "runtime"
+    runtime.mkdir()
+    process = unit.start(RUNTIME_DIRECTORY=str(runtime))
+    wait_until(lambda: manager.count("READY=1"), 20)
+    assert [status(unit.port, key) for key in (KEY, new)] == [200, 401]
+
+    def reload(content: str) -> None:
+        (unit.folder / "api-key").write_text(content)
+        command = [sys.executable, str(LAUNCHER), "--reload", str(unit.folder / "api-key")]
+        told = {"PATH": os.environ["PATH"], "RUNTIME_DIRECTORY": str(runtime), "MAINPID": str(process.pid)}
+        subprocess.run(command, env=told, check=True)
+
+    reload(f"{new}\n{KEY}\n")
+    wait_until(lambda: status(unit.port, new) == 200)
+    assert status(unit.port, KEY) == 200, "both are valid while keys change"
+    reload(f"{new}\n")
+    wait_until(lambda: status(unit.port, KEY) == 401)
+    assert status(unit.port, new) == 200
+    wait_until(lambda: not (runtime / "api-key").exists())
+    # A file without a key locks nobody out.
+    reload("\n")
+    wait_until(lambda: not (runtime / "api-key").exists())
+    assert status(unit.port, new) == 200
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "2 key(s) are valid" in err
+    assert "the keys stay as they are" in err
+    assert new not in err
+
+
+def test_keys_are_not_handed_over_through_a_link_of_the_engine(unit: Unit, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    (unit.folder / ".api-key").symlink_to(victim)
+    (unit.folder / "source").write_text(KEY)
+    waiting = subprocess.Popen(["sleep", "60"])
+    command = [sys.executable, str(LAUNCHER), "--reload", str(unit.folder / "source")]
+    told = {"PATH": os.environ["PATH"], "RUNTIME_DIRECTORY": str(unit.folder), "MAINPID": str(waiting.pid)}
+    subprocess.run(command, env=told, check=True)
+    assert waiting.wait(5) == -signal.SIGHUP
+    assert victim.read_text() == "untouched"
+    assert (unit.folder / "api-key").read_text() == KEY
+    assert (unit.folder / "api-key").stat().st_mode & 0o777 == 0o400
 
 
 def test_an_engine_that_dies_ends_the_unit_with_its_own_words(unit: Unit, manager: Manager) -> None:

@@ -48,6 +48,8 @@ def two(**second: Any) -> list[dict[str, Any]]:
 FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
     ("port_range", wish(api_server_port=70000), {}, ["api_server_port", "70000", "65535"]),
     ("port_range", wish(open_webui_port=0), {}, ["open_webui_port"]),
+    ("number", wish(open_webui_start_timeout_seconds=-1), {}, ["open_webui_start_timeout_seconds", "-1"]),
+    ("number", wish(api_server_max_batch_size=2**31), {}, ["api_server_max_batch_size"]),
     ("port_clash", wish(open_webui_port=23333), {}, ["open_webui_port", "api-server.service", "api_server_port"]),
     ("port_clash", wish(open_webui_port=23333, open_webui_host="0.0.0.0"), {}, ["23333"]),
     (
@@ -212,7 +214,7 @@ GOOD: list[tuple[Desired, dict[str, Any]]] = [
     (wish(_clock_offset_seconds=30.0), {}),
     (wish(open_webui_port=443), {"unprivileged_port": 0}),
     # The role wsl turns systemd on before anything else happens.
-    (wish(_roles=["wsl"]), {"init": "init", "systemd_state": "", "wsl": WSL}),
+    (wish(_roles={"wsl"}), {"init": "init", "systemd_state": "", "wsl": WSL}),
     # Our own units hold our ports, and one may move to the other's.
     (wish(), {"listeners": [{**LISTENER, "unit": "open-webui.service"}]}),
     (wish(open_webui_port=8081, api_server_port=8080), {"listeners": [{**LISTENER, "unit": "open-webui.service"}]}),

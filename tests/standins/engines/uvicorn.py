@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "unit"))
 from fake_engine import FakeEngine
+from lmdeploy.serve.utils.server_utils import AuthenticationMiddleware
 
 
 class Server:
@@ -25,6 +26,9 @@ def run(host: str, port: int, model: str, keys: list[str], timeout_graceful_shut
     """Serve until a signal."""
     server = Server()
     signal.signal(signal.SIGTERM, server.handle_exit)
-    with FakeEngine(model=model, key=keys[0], host=host, port=port):
+    engine = FakeEngine(model=model, host=host, port=port)
+    # As in LMDeploy, made when the first request comes; here, when the door opens.
+    engine.doorman = AuthenticationMiddleware(None, tokens=keys)
+    with engine:
         server.should_exit.wait()
     print(f"streams got {timeout_graceful_shutdown} s to end", flush=True)

@@ -3,8 +3,9 @@
 """Run a model engine in this process, with its key out of sight, and tell systemd the truth about it.
 
 The unit of an instance starts this file with the Python of the engine's environment. systemd hands over two
-credentials: ``instance.json`` (what to run, written by the role api_server, no secret in it) and ``api-key``. The key
-goes to the engine inside this process, so neither ``ps`` nor the unit shows it.
+credentials: ``instance.json`` (what to run, written by the role api_server, no secret in it) and ``api-key``: the key
+in its first line, and in further lines keys that are valid beside it while it changes. Keys go to the engine inside
+this process, so neither ``ps`` nor the unit shows them.
 
 A thread watches the engine from outside, over HTTP, as a client would:
 
@@ -12,6 +13,9 @@ A thread watches the engine from outside, over HTTP, as a client would:
 * READY=1 is said when /health is good, /v1/models lists the model's name, and one token came back;
 * from then on WATCHDOG=1 is said only when tokens were counted since the last look, or a one-token request was
   answered. An engine that is up but makes no tokens is therefore restarted by systemd.
+
+``--reload FILE`` is what ``systemctl reload`` runs, as root: it hands the keys of the file to the running process,
+which takes them in place of its own. LMDeploy only; llama.cpp reads its keys once.
 
 ``--check FILE`` judges an instance file with the installed engine's own parser, needs no GPU, and prints
 ``{"errors": [{"variable", "value", "message", "known"}]}``.
@@ -135,16 +139,16 @@ class Client:
 
     def __init__(self, host: str, port: int, model: str, key: str) -> None:
         """Keep where the engine listens, the model's name, and the key."""
-        self.host, self.port, self.model = host, port, model
-        self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self.host, self.port, self.model, self.key = host, port, model, key
         self._asked = 0
 
     def request(self, path: str, body: dict[str, Any] | None = None, timeout: float = 10.0) -> bytes:
         """Return the body of a 200 answer."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         method, data = ("GET", None) if body is None else ("POST", json.dumps(body))
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         try:
-            connection.request(method, path, data, self._headers)
+            connection.request(method, path, data, headers)
             answer = connection.getresponse()
             content = answer.read()
         except ConnectionRefusedError:
@@ -221,6 +225,61 @@ class Client:
         with contextlib.suppress(ValueError):
             return sum(float(value) for _, value in values) if values else None
         return None
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+class Keys:
+    """The keys that clients may send: the current one first, then those that are still valid beside it."""
+
+    def __init__(self, path: Path) -> None:
+        """Read them."""
+        # Told of every change. LMDeploy's doorman, and our own client, which uses the first.
+        self.takers: list[Callable[[list[str]], None]] = []
+        self.valid = self._read(path)
+
+    @staticmethod
+    def _read(path: Path) -> list[str]:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            keys = [line.strip() for line in lines if line.strip()]
+        except (OSError, ValueError) as error:
+            message = f"the key is not to be had: {error}"
+            raise Refused(message) from error
+        if not keys:
+            message = f"{path} holds no key: run the playbook again."
+            raise Refused(message)
+        return keys
+
+    def renew(self, path: Path) -> None:
+        """Take the keys of a file that was put there for this, and remove it; a bad one changes nothing."""
+        try:
+            self.valid = self._read(path)
+        except Refused as refusal:
+            say(f"the keys stay as they are: {refusal}")
+            return
+        finally:
+            path.unlink(missing_ok=True)
+        for taker in self.takers:
+            taker(self.valid)
+        say(f"{len(self.valid)} key(s) are valid from now on")
+
+
+def hand_over(path: Path) -> None:
+    """Give the keys of a root-only file to the running process of this unit: ExecReload=, as root, no sandbox.
+
+    The folder belongs to the engine's user. So the file is made anew, and never through a link of that user's.
+    """
+    folder, keys = Path(os.environ["RUNTIME_DIRECTORY"]), path.read_bytes()
+    owner = folder.stat()
+    (folder / ".api-key").unlink(missing_ok=True)
+    handle = os.open(folder / ".api-key", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o400)
+    with os.fdopen(handle, "wb") as file:
+        os.fchown(handle, owner.st_uid, owner.st_gid)
+        file.write(keys)
+    (folder / ".api-key").replace(folder / "api-key")
+    os.kill(int(os.environ["MAINPID"]), signal.SIGHUP)
 
 
 class Attempt(threading.Thread):
@@ -491,12 +550,35 @@ def refuse_surprises(instance: Instance, options: argparse.Namespace) -> None:
             raise Refused(message)
 
 
-def run_lmdeploy(instance: Instance, key: str, stopping: Callable[[], None]) -> None:
+def let_keys_change(keys: Keys) -> None:
+    """Have LMDeploy's doorman take new keys while it serves: it looks into a list of hashes at each request."""
+    try:
+        doorman: Any = importlib.import_module("lmdeploy.serve.utils.server_utils").AuthenticationMiddleware
+    except (ImportError, AttributeError) as error:
+        say(f"this LMDeploy takes new keys at a restart only ({error})")
+        return
+    begin = doorman.__init__
+
+    def begin_with_keys(middleware: Any, app: Any, tokens: list[str]) -> None:
+        def take(valid: list[str]) -> None:
+            begin(middleware, middleware.app, valid)
+
+        keys.takers.append(take)
+        # It is made at the first request, and the keys may be others by then.
+        begin(middleware, app, keys.valid if tokens else tokens)
+
+    doorman.__init__ = begin_with_keys
+
+
+def run_lmdeploy(instance: Instance, keys: Keys, stopping: Callable[[], None]) -> None:
     """Serve with LMDeploy's own command line, in this process."""
     options, errors = check_lmdeploy(instance)
     if errors or options is None:
         raise Refused(one_line(errors))
     refuse_surprises(instance, options)
+    let_keys_change(keys)
+    fresh = Path(os.environ.get("RUNTIME_DIRECTORY", "/nonexistent")) / "api-key"
+    signal.signal(signal.SIGHUP, lambda *_: keys.renew(fresh))
     uvicorn: Any = importlib.import_module("uvicorn")
     end = uvicorn.Server.handle_exit
 
@@ -507,7 +589,7 @@ def run_lmdeploy(instance: Instance, key: str, stopping: Callable[[], None]) -> 
     uvicorn.Server.handle_exit = handle_exit
     # uvicorn closes the door at SIGTERM and waits for open streams: without end, unless it is told how long.
     uvicorn.run = functools.partial(uvicorn.run, timeout_graceful_shutdown=instance.drain_seconds)
-    sys.argv = ["lmdeploy", "serve", "api_server", *instance.arguments, "--api-keys", key]
+    sys.argv = ["lmdeploy", "serve", "api_server", *instance.arguments, "--api-keys", *keys.valid]
     importlib.import_module("lmdeploy.cli").run()
 
 
@@ -570,12 +652,12 @@ def busy(server: Any) -> bool:
     return any(float(line.rsplit(" ", 1)[1]) > 0 for line in lines)
 
 
-def run_llama_cpp(instance: Instance, key: str, stopping: Callable[[], None]) -> None:
+def run_llama_cpp(instance: Instance, keys: Keys, stopping: Callable[[], None]) -> None:
     """Serve with llama.cpp's own HTTP server, in this process."""
     parameters, errors = llama_parameters(instance)
     if errors:
         raise Refused(one_line(errors))
-    parameters.api_keys = [key]
+    parameters.api_keys = keys.valid
     parameters.model_alias = {instance.model_name}
     server = importlib.import_module("xllamacpp").Server(parameters)
     stop = threading.Event()
@@ -636,29 +718,31 @@ def serve(path: Path, systemd: Systemd) -> None:
     instance = Instance.read(path)
     os.environ |= instance.environment
     credentials = Path(os.environ.pop("CREDENTIALS_DIRECTORY", str(path.parent)))
-    try:
-        key = (credentials / "api-key").read_text(encoding="ascii").strip()
-    except OSError as error:
-        message = f"the key is not to be had: {error}"
-        raise Refused(message) from error
+    keys = Keys(credentials / "api-key")
     if not Path(instance.model_path).exists():
         message = f"{instance.variable('')}: no model is at {instance.model_path}: run the role model_weights first"
         raise Refused(message)
     refuse_taken_port(instance)
-    monitor = Monitor(Client(instance.host, instance.port, instance.model_name, key), systemd)
+    client = Client(instance.host, instance.port, instance.model_name, keys.valid[0])
+    keys.takers.append(lambda valid: setattr(client, "key", valid[0]))
+    monitor = Monitor(client, systemd)
     monitor.start()
-    ENGINES[instance.engine](instance, key, monitor.stop)
+    ENGINES[instance.engine](instance, keys, monitor.stop)
 
 
 def main(arguments: list[str]) -> int:
     """Serve, or check; return the exit code."""
     parser = argparse.ArgumentParser(prog="api_server_launcher", description="Run a model engine under systemd.")
     parser.add_argument("--check", action="store_true", help="judge the file with the engine's own parser, then stop")
+    parser.add_argument("--reload", action="store_true", help="hand the file's keys to the running process of the unit")
     parser.add_argument("file", nargs="?", type=Path, help="instance file; default: systemd's credential instance.json")
     chosen = parser.parse_args(arguments)
     path = chosen.file or Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent")) / "instance.json"
     if chosen.check:
         return check(path)
+    if chosen.reload:
+        hand_over(path)
+        return 0
     # The watchdog stops a hung engine with SIGABRT: the journal then shows where every thread was.
     faulthandler.enable()
     systemd = Systemd()

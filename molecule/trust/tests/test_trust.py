@@ -1,0 +1,280 @@
+"""What an operator trusts the stack with: secrets stay unseen, units are confined, keys change in service.
+
+The tests stand in the order in which they run; the last one removes what was installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from generate import HOSTILE
+from testinfra.host import Host
+
+ROOT = Path(__file__).parents[3]
+SCENARIO = Path(__file__).parents[1]
+HOST = "mol-trust"
+INVENTORIES = ("molecule/inventory/hosts.yml", "molecule/trust/inventory/hosts.yml")
+KEY_FILE = "/etc/api-server/api-key"
+SECRET_FILES = (KEY_FILE, "/etc/open-webui/secret-key", "/etc/open-webui/admin-password")
+# What `systemd-analyze security` may say at most.
+SCORES = {"api-server.service": 1.3, "open-webui.service": 1.1}
+OTHERS = 2.0
+SEARCH = (SCENARIO / "files/search.py").read_text(encoding="utf-8")
+PROBE = (SCENARIO / "files/probe.py").read_text(encoding="utf-8")
+# What an inventory can't hold as data (templates), and what preflight refuses (no process can be given it).
+NOT_FOR_AN_ENVIRONMENT = ("template", "template_open", "statement", "nul", "lone_surrogate")
+# An inventory that gives no secret: connections follow the engine, and the rest is generated.
+FREE = {
+    "api_server_api_key": "",
+    "open_webui_admin_password": "",
+    "open_webui_connections": [],
+    "open_webui_secret_key": "",
+}
+PROBE_PATH = "/usr/local/lib/trust-probe.py"
+# What a copy of a unit leaves out: its program, and what belongs to that.
+PROGRAM = (
+    "ExecStart",
+    "ExecReload",
+    "EnvironmentFile",
+    "LoadCredential",
+    "Type=",
+    "Watchdog",
+    "Restart",
+    "Wants",
+    "After",
+)
+
+
+def verb(
+    name: str, *arguments: str, expected: int = 0, inventory: dict[str, Any] | None = None, **variables: Any
+) -> str:
+    """Run a playbook on the host and return what it printed. Variables go through files, as secrets should.
+
+    ``inventory`` is what the inventory says of the host; the other ones are given as on the command line.
+    """
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        extra, hosts = Path(folder, "extra.json"), Path(folder, "hosts.json")
+        extra.write_text(json.dumps(variables), encoding="utf-8")
+        hosts.write_text(json.dumps({"all": {"hosts": {HOST: inventory or {}}}}), encoding="utf-8")
+        inventories = [word for path in (*INVENTORIES, str(hosts)) for word in ("-i", path)]
+        command = ["ansible-playbook", *inventories, f"playbooks/{name}.yml", "-e", f"@{extra}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == expected, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def on_host(program: str, text: str = "") -> str:
+    """Run a Python program on the host, its standard input as given, and return what it printed."""
+    command = ["ssh", "-F", str(ROOT / ".lab/ssh/config"), HOST, "python3 -c " + shlex.quote(program)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+def canaries() -> list[str]:
+    """Return the secrets that the inventory gives."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(SCENARIO.glob("inventory/group_vars/**/*.yml"))]
+    found = sorted(set(re.findall(r"canary-[a-z0-9-]+", "\n".join(texts))))
+    assert len(found) == 5, found
+    return found
+
+
+def stored(host: Host) -> list[str]:
+    """Return the secrets that lie on the host, and the tokens of the admin's session among them."""
+    words = "\n".join(str(host.file(path).content_string) for path in SECRET_FILES).split()
+    return sorted({word for word in words if len(word) >= 16})
+
+
+def seen_on_host(words: list[str]) -> list[str]:
+    """Return the places on the host where a secret can be seen."""
+    return on_host(SEARCH, "\n".join(words)).splitlines()
+
+
+def in_output(words: list[str], output: str) -> list[str]:
+    """Return the secrets that an output shows, each with the line that does."""
+    return [line.strip()[:200] for line in output.splitlines() for word in words if word in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("preflight", ()),
+        ("site", ("--check",)),
+        ("site", ()),
+        ("smoke", ()),
+        ("status", ()),
+    ],
+)
+def test_no_playbook_shows_a_secret(host: Host, name: str, arguments: tuple[str, ...]) -> None:
+    words = [*canaries(), *stored(host)]
+    assert in_output(words, verb(name, "-vvv", "--diff", *arguments)) == []
+
+
+def test_no_secret_can_be_seen_on_the_host(host: Host) -> None:
+    words = [*canaries(), *stored(host)]
+    assert seen_on_host(words) == []
+    caches = [path.read_text(errors="replace") for path in (ROOT / ".ansible").rglob("*") if path.is_file()]
+    assert in_output(words, "\n".join(caches)) == []
+
+
+def test_the_search_finds_what_was_planted(host: Host) -> None:
+    word = canaries()[0]
+    host.check_output("printf %s > /etc/planted; systemd-cat echo %s", word, word)
+    host.run("(exec -a %s sleep 30) & (PLANTED=%s exec sleep 30) & true", word, word)
+    found = "\n".join(seen_on_host([word]))
+    host.check_output("rm /etc/planted; journalctl --rotate --vacuum-time=1s -q; true")
+    for place in ("/etc/planted", "journalctl"):
+        assert place in found, found
+
+
+def ours(host: Host) -> list[str]:
+    """Return the units that we installed."""
+    listed = host.check_output("grep -lE 'selfhost.lmdeploy' /etc/systemd/system/*.service")
+    return sorted(Path(line).name for line in listed.split())
+
+
+def test_every_unit_is_as_closed_as_promised(host: Host) -> None:
+    found = {}
+    for unit in ours(host):
+        text = host.run(f"systemd-analyze security --no-pager {unit}").stdout
+        score = re.search(r"exposure level for \S+: ([\d.]+)", text)
+        assert score, text
+        found[unit] = float(score[1])
+        assert host.check_output(f"systemctl show -P User {unit}") not in ("", "root"), f"{unit} runs as root"
+    print(f"systemd-analyze security: {found}")
+    assert set(SCORES) <= set(found)
+    assert {unit: score for unit, score in found.items() if score > SCORES.get(unit, OTHERS)} == {}
+
+
+def probed(host: Host, unit: str, own: str) -> dict[str, str]:
+    """Return what a program could do inside a unit: a copy of the unit whose ExecStart is the probe."""
+    text = str(host.file(f"/etc/systemd/system/{unit}").content_string)
+    lines = [line for line in text.splitlines() if not line.startswith(PROGRAM)]
+    network = host.check_output("ip -4 route show default").split()[2]
+    start = f"Type=oneshot\nExecStart=/usr/bin/python3 {PROBE_PATH} {own} {network}"
+    lines.insert(lines.index("[Service]") + 1, start)
+    content = {PROBE_PATH: PROBE, "/run/systemd/system/trust-probe.service": "\n".join(lines)}
+    on_host(
+        "import json, sys, pathlib; [pathlib.Path(p).write_text(t) for p, t in json.load(sys.stdin).items()]",
+        json.dumps(content),
+    )
+    # A device of the kernel's that is no harm: /dev/kmsg's number, under a name that no unit knows.
+    host.run("mknod -m 666 /dev/probe-device c 1 11; chmod 755 /home; mkdir -p /home/somebody; systemctl daemon-reload")
+    done = host.run("systemctl start trust-probe.service; journalctl -u trust-probe.service -o cat --no-pager -n 50")
+    host.run("rm -rf %s /run/systemd/system/trust-probe.service /dev/probe-device /home/somebody", PROBE_PATH)
+    host.run("systemctl daemon-reload")
+    found = [line for line in done.stdout.splitlines() if line.startswith("PROBE")]
+    assert found, done.stdout + done.stderr
+    told: dict[str, str] = json.loads(found[-1].removeprefix("PROBE"))
+    return told
+
+
+@pytest.mark.parametrize(
+    ("unit", "own", "open_"),
+    [
+        # The interface may talk to the network: engines and mirrors stand there.
+        ("api-server.service", "/var/lib/api-server", ()),
+        ("open-webui.service", "/var/lib/open-webui", ("reach the network",)),
+    ],
+)
+def test_a_unit_can_do_no_more_than_it_must(host: Host, unit: str, own: str, open_: tuple[str, ...]) -> None:
+    said = probed(host, unit, own)
+    allowed = {name: text for name, text in said.items() if name.startswith("ALLOWED")}
+    refused = {name: text for name, text in said.items() if not name.startswith("ALLOWED") and name not in open_}
+    assert {name: text for name, text in allowed.items() if text.startswith("refused")} == {}
+    done = {name: text for name, text in refused.items() if not text.startswith("refused")}
+    if "reach the network" in done:
+        # IPAddressDeny= is a program in the kernel (eBPF on cgroup v2), which a container may not be allowed to load.
+        assert not bpf_works(host), "the engine reaches the network, though this host can forbid it"
+        done.pop("reach the network")
+        print(f"{unit}: IPAddressDeny= is not in force here: this host can't attach eBPF to cgroups")
+    assert done == {}
+
+
+def bpf_works(host: Host) -> bool:
+    """Tell whether this host's systemd can filter addresses: a unit that may reach nothing does not reach itself."""
+    command = "systemd-run -q --wait --pipe -p IPAddressDeny=any bash -c 'exec 3<>/dev/tcp/127.0.0.1/22'"
+    return bool(host.run(command).rc != 0)
+
+
+def status_of(key: str) -> str:
+    """Return how the engine answers a key, which goes through standard input."""
+    program = (
+        "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 23333, timeout=10); "
+        "c.request('GET', '/v1/models', headers={'Authorization': 'Bearer ' + sys.stdin.read()}); "
+        "print(c.getresponse().status)"
+    )
+    return on_host(program, key).strip()
+
+
+def test_the_engines_key_changes_in_two_steps(host: Host) -> None:
+    old = canaries_by_name()["api_server_api_key"]
+    output = verb("rotate", "-vvv", "--diff", rotate_steps="open", inventory=FREE)
+    new, beside = str(host.file(KEY_FILE).content_string).split()
+    assert beside == old
+    assert [status_of(key) for key in (new, old)] == ["200", "200"]
+    assert "through Open WebUI" in verb("smoke")
+    again = verb("rotate", rotate_steps="open", inventory=FREE)
+    assert str(host.file(KEY_FILE).content_string).split() == [new, old], again
+    output += verb("rotate", "-vvv", "--diff", rotate_steps="close", inventory=FREE)
+    assert str(host.file(KEY_FILE).content_string).split() == [new]
+    assert [status_of(key) for key in (new, old)] == ["200", "401"]
+    assert "through Open WebUI" in verb("smoke")
+    assert in_output([old, new], output) == []
+    settled = verb("site", inventory=FREE)
+    assert re.search(rf"^{HOST} .*\bchanged=0\b", settled, re.MULTILINE), settled
+
+
+def test_secrets_of_the_interface_are_made_anew(host: Host) -> None:
+    refusal = verb("rotate", expected=2, rotate_secrets="secret_key")
+    assert "open_webui_secret_key" in refusal, refusal
+    before = stored(host)
+    output = verb("rotate", "-vvv", "--diff", rotate_secrets="admin_password,secret_key", inventory=FREE)
+    after = stored(host)
+    assert len(set(before) - set(after)) == 2, "the engine's key stays"
+    assert in_output([*before, *after], output) == []
+    # It signs in with the password that lies there now.
+    assert "through Open WebUI" in verb("smoke")
+    assert seen_on_host(after) == []
+
+
+def test_hostile_values_arrive_whole_and_nothing_else_does(host: Host) -> None:
+    """The texts that preflight lets into an environment, really applied: a process gets each as it was written."""
+    texts = {f"HOSTILE_{name.upper()}": text for name, text in HOSTILE.items() if name not in NOT_FOR_AN_ENVIRONMENT}
+    assert len(texts) > 30
+    before = str(host.file("/etc/systemd/system/open-webui.service").content_string)
+    verb("site", inventory={**FREE, "open_webui_settings": texts, "api_server_environment": texts})
+    process = host.check_output("systemctl show -P MainPID open-webui.service")
+    read = "import json, pathlib, sys; print(json.dumps(pathlib.Path(sys.stdin.read()).read_bytes().decode()))"
+    environ = json.loads(on_host(read, f"/proc/{process}/environ")).split("\0")
+    given = dict(line.split("=", 1) for line in environ if line.startswith("HOSTILE_"))
+    assert given == texts
+    assert not [line for line in environ if line.startswith(("LD_PRELOAD", "User=", "touch"))]
+    assert host.file("/etc/systemd/system/open-webui.service").content_string == before
+    instance = json.loads(str(host.file("/etc/api-server/api-server.json").content_string))
+    assert {name: text for name, text in instance["environment"].items() if name in texts} == texts
+    started = host.check_output("systemctl show -P MainPID api-server.service")
+    arguments = json.loads(on_host(read, f"/proc/{started}/cmdline")).split("\0")
+    assert [Path(word).name for word in arguments if word] == ["python", "api_server_launcher.py"]
+    assert not host.file("/tmp/owned").exists
+
+
+def canaries_by_name() -> dict[str, str]:
+    """Return the secrets of the inventory by their variables."""
+    text = (SCENARIO / "inventory/group_vars/all/canaries.yml").read_text(encoding="utf-8")
+    return {str(name): str(value) for name, value in yaml.safe_load(text).items()}
+
+
+def test_uninstall_shows_no_secret_either(host: Host) -> None:
+    words = [*canaries(), *stored(host)]
+    output = verb("uninstall", "-vvv", "--diff", uninstall_confirmed=True, uninstall_data_removed=True)
+    assert in_output(words, output) == []
+    assert seen_on_host(words) == []

@@ -1,0 +1,1 @@
+"""As in LMDeploy: what the server is made of."""
