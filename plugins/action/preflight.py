@@ -48,7 +48,15 @@ if TYPE_CHECKING:
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 # Facts that roles set for those that run after them; nobody writes them into an inventory.
-GIVEN_BY_ROLES = frozenset({"api_server_engine_resolved", "conda_env_release_prefix", "lmdeploy_release_prefix"})
+GIVEN_BY_ROLES = frozenset(
+    {
+        "api_server_engine_resolved",
+        "api_server_release_ids",
+        "api_server_switch_needed",
+        "conda_env_release_prefix",
+        "lmdeploy_release_prefix",
+    }
+)
 
 
 def plain(value: Any) -> Any:

@@ -85,6 +85,8 @@ def test_an_engine_is_told_whole(tmp_path: Path, release: Path, port: int, engin
         "program": engine,
         "version": version,
         "release": "0123456789ab",
+        "environment": "0123456789ab",
+        "pending": "",
         "model": "m",
         "model_path": "/var/lib/models/m",
         "url": f"http://127.0.0.1:{port}",
