@@ -73,6 +73,7 @@ KEY_LETTERS = 48
 JOURNAL_LINES = 20
 UNTRIED_SECONDS = 24 * 3600
 QUESTION = "What is the capital of France? Answer in one sentence."
+IMAGE_QUESTION = "What text is in this image? Answer with the text alone."
 # Times and messages in one form whatever the host's language and zone are.
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "TZ": "UTC", "SYSTEMD_COLORS": "0"}
 
@@ -209,6 +210,13 @@ def gate_text(result: dict[str, Any]) -> str:
     )
 
 
+def compare(what: str, answer: str, gate: dict[str, Any], key: str) -> None:
+    """Raise GateFault unless an answer matches what the gate expects."""
+    expected = gate.get(key)
+    if expected and not re.search(expected, answer, re.IGNORECASE):
+        raise GateFault(f"{what} {answer!r}, which does not match api_server_gate_{key}, {expected!r}")
+
+
 # -- systemd ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +273,7 @@ class Manager:
                 "systemd-run",
                 "--quiet",
                 "--collect",
-                f"--unit=release-return-{instance}",
+                f"--unit=release-return-{instance}.{time.time_ns()}",
                 f"--on-active={seconds:.0f}s",
             ),
             *("--timer-property=AccuracySec=1s", "/usr/bin/python3", str(PROGRAM), "resume", instance),
@@ -274,7 +282,7 @@ class Manager:
     def disarm(self, instance: str) -> None:
         """Take that back. The service that the timer started may be this very process, and stays."""
         with contextlib.suppress(ReleaseFault):
-            self.run("systemctl", "stop", f"release-return-{instance}.timer")
+            self.run("systemctl", "stop", f"release-return-{instance}.*.timer")
 
 
 def started_at(shown: dict[str, str]) -> float | None:
@@ -501,14 +509,19 @@ class Releases:
             found = probe(server, model, question, gate.get("max_tokens", 64), guarded=True)
         except ApiFault as fault:
             raise GateFault(str(fault)) from fault
-        expected = gate.get("expected")
-        if expected and not re.search(expected, found.answer, re.IGNORECASE):
-            raise GateFault(
-                f"{model} answered {question!r} with {found.answer!r}, which does not match "
-                f"api_server_gate_expected, {expected!r}"
-            )
+        compare(f"{model} answered {question!r} with", found.answer, gate, "expected")
+        if gate.get("image"):
+            self.show(server, model, gate)
         speed = found.tokens / found.seconds if found.seconds else 0
         return {"seconds": round(found.seconds, 2), "tokens_per_second": round(speed, 1), "answer": found.answer}
+
+    def show(self, server: OpenAI, model: str, gate: dict[str, Any]) -> None:
+        """Show a vision model an image; raise GateFault unless it reads what stands there."""
+        try:
+            seen = server.chat(model, IMAGE_QUESTION, gate.get("max_tokens", 64), gate["image"])[0]
+        except ApiFault as fault:
+            raise GateFault(f"api_server_gate_image: {fault}") from fault
+        compare(f"{model} read api_server_gate_image as", seen, gate, "image_expected")
 
     def note(self, release: str, result: dict[str, Any]) -> None:
         """Write the result of a gate into the manifest."""
@@ -639,7 +652,7 @@ class Releases:
             write_json(self.home / PENDING, {**pending, "until": 0})
         return self.switch(wanted, confirm_seconds=confirm_seconds)
 
-    def resume(self) -> str:
+    def resume(self, *, booted: bool = True) -> str:
         """Finish what is pending, from a timer or at boot; return what was done."""
         pending = self.pending()
         if not pending:
@@ -651,6 +664,9 @@ class Releases:
             self.go_back(
                 pending, f"release {pending['to']} was not confirmed within {pending['confirm_seconds']:.0f} s"
             )
+        if pending.get("proven") and not booted:
+            # The timer was set before the gate passed; another one is set for the end of the wait.
+            return ""
         self.carry_out(pending)
         return f"{self.unit}: release {pending['to']} passed its gate"
 
@@ -751,15 +767,15 @@ def act(chosen: argparse.Namespace) -> dict[str, Any]:
         if chosen.verb == "remove":
             removed = [engine.remove() for engine in engines]
             return {"changed": any(removed)}
-        return resume_all(engines)
+        return resume_all(engines, booted=not chosen.instance)
 
 
-def resume_all(engines: list[Releases]) -> dict[str, Any]:
+def resume_all(engines: list[Releases], *, booted: bool) -> dict[str, Any]:
     """Finish what is pending; one engine that goes back does not stop the next."""
     done, faults = [], []
     for engine in engines:
         try:
-            done.append(engine.resume())
+            done.append(engine.resume(booted=booted))
         except ReleaseFault as fault:
             faults.append(str(fault))
     if faults:

@@ -48,8 +48,8 @@ options:
     type: bool
     default: true
   gate:
-    description: What the gate asks; C(question), C(expected) (a regular expression), C(timeout_seconds) and
-      C(max_tokens).
+    description: What the gate asks; C(question), C(expected) (a regular expression), C(image) (a data URL),
+      C(image_expected), C(timeout_seconds) and C(max_tokens).
     type: dict
     default: {}
   instance:

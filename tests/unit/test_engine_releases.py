@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.selfhost.lmdeploy.plugins.lookup.data_url import data_url
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine_releases, openai_api
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine_releases import (
     TOKEN,
@@ -160,6 +161,23 @@ def test_a_wrong_answer_gives_way_too(host: Releases, engine: FakeEngine) -> Non
     assert host.running() == one
 
 
+def test_an_image_must_be_read(host: Releases, engine: FakeEngine, tmp_path: Path) -> None:
+    picture = tmp_path / "sign.png"
+    picture.write_bytes(b"\x89PNG and so on")
+    release = build(host, engine, 1)
+    for text, passes in (("open", True), ("closed", False)):
+        gate = {"image": data_url(picture), "image_expected": text}
+        engine_releases.write_json(host.folder(release) / "release.json", {**host.manifest(release), "gate": gate})
+        if passes:
+            assert host.ask(release)["answer"]
+        else:
+            with pytest.raises(engine_releases.GateFault, match="read api_server_gate_image as 'OPEN', which does not"):
+                host.ask(release)
+    picture.write_text("no picture")
+    with pytest.raises(ValueError, match="is no PNG"):
+        data_url(picture)
+
+
 def test_a_first_release_that_fails_is_stopped_and_can_be_tried_again(host: Releases, engine: FakeEngine) -> None:
     one = build(host, engine, 1)
     systemd(host).broken = one
@@ -199,6 +217,7 @@ def test_a_switch_that_nobody_confirms_goes_back(host: Releases, engine: FakeEng
     assert (host.running(), host.confirmed()) == (two, one)
     with pytest.raises(ReleaseFault, match=f"release {two} of another run waits"):
         switch(host, build(host, engine, 3))
+    assert host.resume(booted=False) == "", "a timer that comes early leaves it alone"
     assert "passed" in host.resume(), "before its time is over only the gate is asked again"
     assert host.pending()
     switch_file = host.home / "pending.json"

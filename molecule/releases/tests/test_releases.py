@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -154,7 +155,7 @@ def test_the_host_ends_a_switch_whose_controller_was_killed(host: Any, tmp_path:
 def test_the_timer_ends_what_the_program_could_not(host: Any, play: Callable[..., Any]) -> None:
     before = serves(host)
     bad = built(host, play, api_server_session_len=1664, api_server_gate_expected="London")
-    switch = f"systemd-run --unit=cut {PROGRAM} switch api-server {bad} --confirm-seconds 5"
+    switch = f"systemd-run --collect --unit=cut {PROGRAM} switch api-server {bad} --confirm-seconds 5"
     host.check_output(
         f"{switch}; until [ -e {HOME}/pending.json ]; do sleep 0.02; done; systemctl kill --signal=KILL cut.service"
     )
@@ -165,7 +166,7 @@ def test_the_timer_ends_what_the_program_could_not(host: Any, play: Callable[...
 def test_a_power_cut_in_the_middle_is_survived(host: Any, play: Callable[..., Any]) -> None:
     before = serves(host)
     bad = built(host, play, api_server_session_len=1792, api_server_gate_expected="London")
-    host.check_output(f"systemd-run --unit=cut {PROGRAM} switch api-server {bad} --confirm-seconds 900")
+    host.check_output(f"systemd-run --collect --unit=cut {PROGRAM} switch api-server {bad} --confirm-seconds 900")
     while not host.file(f"{HOME}/pending.json").exists:
         time.sleep(0.02)
     subprocess.run([ROOT / "script/hosts", "restart", HOST], check=True, capture_output=True)
@@ -214,3 +215,26 @@ def test_an_engine_from_before_there_were_releases_becomes_one(host: Any, play: 
     adopted = status(host)["previous"]
     host.check_output(f"{PROGRAM} rollback api-server")
     assert serves(host) == adopted
+
+
+@pytest.mark.skipif("TEST_FULL" not in os.environ, reason="fetches packages anew, into a cache beside the environments")
+def test_a_second_environment_costs_little(host: Any, play: Callable[..., Any], tmp_path: Path) -> None:
+    (lock,) = (ROOT / "roles/llama_cpp/files/locks").glob("xllamacpp-*.txt")
+    other = tmp_path / "other.txt"
+    other.write_text(lock.read_text() + (ROOT / "molecule/conda_env/locks/second.txt").read_text())
+    # On the file system of the environments, as on users' hosts, files are linked instead of copied.
+    given = {"conda_env_name": "cost", "conda_env_cache_dir": "/opt/miniconda3/pkgs/uv"}
+    seconds = []
+    for path in (lock, other):
+        began = time.monotonic()
+        assert play("conda_env", conda_env_lock=str(path), **given).changed() == 1
+        seconds.append(time.monotonic() - began)
+    used = host.check_output("cd /opt/miniconda3/releases/cost && du --summarize --block-size=1 $(ls -tr)").splitlines()
+    first, second = (int(line.split()[0]) for line in used)
+    disk = int(host.check_output("df --output=size --block-size=1 /opt/miniconda3").splitlines()[1])
+    print(
+        f"first environment {first / 1e6:.0f} MB in {seconds[0]:.1f} s with its play; second {second / 1e6:.1f} MB in "
+        f"{seconds[1]:.1f} s: {100 * second / first:.1f} % of the first, {100 * second / disk:.3f} % of the disk"
+    )
+    assert second < disk / 100
+    assert play("conda_env", "uninstall", **given).changed() == 1
