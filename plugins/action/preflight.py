@@ -51,6 +51,8 @@ ROLES = Path(__file__).resolve().parents[2] / "roles"
 GIVEN_BY_ROLES = frozenset(
     {
         "api_server_engine_resolved",
+        "api_server_release_ids",
+        "api_server_switch_needed",
         "conda_env_current_prefix",
         "conda_env_release_built",
         "conda_env_release_prefix",

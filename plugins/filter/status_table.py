@@ -47,7 +47,7 @@ def _row(host: str, service: dict[str, Any]) -> tuple[str, ...]:
         service["state"] + restarts + ("" if service["enabled"] else ", not at boot"),
         "good" if service["healthy"] else "none",
         f"{service['program']} {service['version']}".strip(),
-        service["release"],
+        service["release"] + (f", switching to {service['pending']}" if service.get("pending") else ""),
         service["model"],
         service["url"],
         service["gate"],

@@ -86,10 +86,14 @@ class OpenAI:
             message = f"{self.url}/v1/models: no list of models"
             raise ApiFault(message) from error
 
-    def chat(self, model: str, question: str, max_tokens: int) -> tuple[str, int, float]:
-        """Return the answer to a question, how many tokens it has, and the seconds that it took."""
+    def chat(self, model: str, question: str, max_tokens: int, image: str = "") -> tuple[str, int, float]:
+        """Return the answer to a question, how many tokens it has, and the seconds that it took.
+
+        ``image`` is the URL of an image that the question is about.
+        """
         began = time.monotonic()
-        messages = [{"role": "user", "content": question}]
+        seen = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": image}}]
+        messages = [{"role": "user", "content": seen if image else question}]
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
         content = self.wanted("/v1/chat/completions", body).content()
         try:

@@ -52,10 +52,33 @@ HOSTILE = (
 )
 # Never a folder of ours.
 SYSTEM_FOLDERS = frozenset(
-    (
-        "/ /bin /boot /dev /etc /home /lib /lib64 /opt /proc /root /run /sbin /srv /sys /tmp /usr /usr/bin /usr/lib "
-        "/usr/local /usr/sbin /usr/share /var /var/lib /var/log"
-    ).split()
+    {
+        "/",
+        "/bin",
+        "/boot",
+        "/dev",
+        "/etc",
+        "/home",
+        "/lib",
+        "/lib64",
+        "/opt",
+        "/proc",
+        "/root",
+        "/run",
+        "/sbin",
+        "/srv",
+        "/sys",
+        "/tmp",  # noqa: S108  # refused and never used
+        "/usr",
+        "/usr/bin",
+        "/usr/lib",
+        "/usr/local",
+        "/usr/sbin",
+        "/usr/share",
+        "/var",
+        "/var/lib",
+        "/var/log",
+    }
 )
 # Flags that the role's own variables set, and what sets them.
 OWN_FLAGS = {

@@ -79,6 +79,12 @@ options:
       stays in any case.
     type: int
     default: 3
+  kept_by:
+    description: Glob patterns of links; what they lead to stays, whatever their number. By default the links that
+      releases of engines hold.
+    type: list
+    elements: str
+    default: [/etc/api-server/releases/*/*/environment]
   timeout_seconds:
     description: Seconds that each program, and the wait for another run on this host, may take.
     type: int
@@ -173,6 +179,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.conda_releases i
     releases,
     surplus,
 )
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.kept_links import kept
 
 SHOWN_LINES = 15
 # Settings of the tools that would change what is built or wait for somebody to answer.
@@ -377,7 +384,8 @@ class Environment:
             new.unlink(missing_ok=True)
             new.symlink_to(os.path.relpath(folder, self.link.parent))
             new.replace(self.link)
-        removed = surplus(self.home, folder, folders_in_use(self.home), self.module.params["keep_releases"])
+        used = {*folders_in_use(self.home), *kept(releases(self.home), self.module.params["kept_by"])}
+        removed = surplus(self.home, folder, used, self.module.params["keep_releases"])
         for old in removed:
             remove_release(old)
         return [str(path) for path in removed]
@@ -556,6 +564,7 @@ def main() -> None:
             "conda_prefix": {"type": "path", "default": "/opt/miniconda3"},
             "installer": {"type": "str", "choices": ["uv", "pip"], "default": "uv"},
             "keep_releases": {"type": "int", "default": 3},
+            "kept_by": {"type": "list", "elements": "str", "default": ["/etc/api-server/releases/*/*/environment"]},
             "lock": {"type": "path"},
             "name": {"type": "str", "required": True},
             "python_version": {"type": "str", "default": "3.11"},

@@ -50,7 +50,7 @@ services:
       type: str
       sample: 0.18.0
     release:
-      description: ID of the environment's release.
+      description: ID of the engine's release; of a program without releases of its own, that of its environment.
       type: str
       sample: 3f1c5a7be210
     libraries:
@@ -61,6 +61,13 @@ services:
       description: GPUs that an engine was given, by nvidia-smi's numbers; empty where it has the only one.
       type: str
       sample: 0,1
+    environment:
+      description: ID of the environment's release.
+      type: str
+      sample: 0f3c5a7e9b1d
+    pending:
+      description: ID of a release whose switch is not finished; empty otherwise.
+      type: str
     model:
       description: Name of the model that an engine serves.
       type: str
@@ -88,9 +95,10 @@ services:
       description: Whether its health page answers with 200.
       type: bool
     gate:
-      description: The last that an engine's launcher said about its answers.
+      description: The last that an engine's launcher said about its answers, and the last gate of its release.
       type: str
-      sample: "Serving SmolLM2-135M-Instruct: ready after 1.2 s"
+      sample: "Serving SmolLM2-135M-Instruct: ready after 1.2 s; gate passed 2026-11-25T04:00:00+00:00: ready in 1.9 s,
+        answer in 0.2 s, 101 tokens/s"
 """
 
 import json
@@ -104,6 +112,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import url
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine_releases import Releases, gate_text
 
 UNITS = Path("/etc/systemd/system")
 ENGINES = Path("/etc/api-server")
@@ -180,18 +189,25 @@ def is_healthy(base: str, timeout_seconds: float) -> bool:
 def service(unit: str, shown: dict[str, str], engines: Path, timeout_seconds: float) -> dict[str, Any]:
     """Return everything about one unit; what can't be read is empty."""
     words = command(shown.get("ExecStart", ""))
+    releases = Releases(unit.removesuffix(".service"), engines)
+    release = releases.current()
     prefix = release_of(words[0]) if words else None
     known: dict[str, Any] = {"unit": unit, "program": "", "model": "", "model_path": "", "gpus": "", "url": ""}
     try:
         known.update(what_runs(unit, words, engines))
     except (OSError, ValueError, KeyError) as fault:
         known["gate"] = f"{engines} is damaged: {fault!r}"
+    environment = prefix.name if prefix and prefix.parent.parent.name == "releases" else ""
+    result = releases.manifest(release).get("result")
+    said = [shown.get("StatusText", ""), *([f"gate {gate_text(result)}"] if result else [])]
     return {
-        "gate": shown.get("StatusText", ""),
+        "gate": "; ".join(text for text in said if text),
         **known,
         "version": version_of(PACKAGES.get(known["program"], "-"), prefix),
         "libraries": libraries_of(prefix),
-        "release": prefix.name if prefix and prefix.parent.parent.name == "releases" else "",
+        "release": release or environment,
+        "environment": environment,
+        "pending": str(releases.pending().get("to", "")),
         "state": shown.get("ActiveState", "unknown"),
         "since": shown.get("ActiveEnterTimestamp", ""),
         "restarts": int(shown.get("NRestarts") or 0),

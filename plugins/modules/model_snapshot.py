@@ -82,6 +82,12 @@ options:
       share take no room twice.
     type: int
     default: 2
+  kept_by:
+    description: Glob patterns of links; what they lead to stays, whatever their number. By default the links that
+      releases of engines hold.
+    type: list
+    elements: str
+    default: [/etc/api-server/releases/*/*/model]
   fetch:
     description: V(false) only tells what is missing.
     type: bool
@@ -155,6 +161,7 @@ from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.respawn import has_respawned, respawn_module
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.kept_links import kept
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_sources import (
     Folder,
     HuggingFace,
@@ -285,7 +292,8 @@ class Model:
             else:
                 shutil.rmtree(place)
         spare = max(1, int(self.params["keep_snapshots"])) - 1
-        for _time, place in sorted(others, reverse=True)[spare:]:
+        old = [place for _time, place in sorted(others, reverse=True)[spare:]]
+        for place in sorted({*old} - kept(old, self.params["kept_by"])):
             shutil.rmtree(place)
 
     def source(self) -> Source:
@@ -541,6 +549,7 @@ def main() -> None:
             "workers": {"type": "int", "default": 4},
             "reserve_gib": {"type": "int", "default": 2},
             "keep_snapshots": {"type": "int", "default": 2},
+            "kept_by": {"type": "list", "elements": "str", "default": ["/etc/api-server/releases/*/*/model"]},
             "fetch": {"type": "bool", "default": True},
             "progress_seconds": {"type": "int", "default": 10},
             "timeout_seconds": {"type": "int", "default": 86400},

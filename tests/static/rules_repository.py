@@ -123,9 +123,10 @@ def links_in_documents_resolve(tree: Tree) -> Iterator[str]:
 
 
 def documented_variables_exist(tree: Tree) -> Iterator[str]:
-    """A variable that a page or an inventory names is one of a role's, spelled right."""
+    """A variable that a page or an inventory names is one of a role's, or a fact that a role leaves, spelled right."""
     roles = tree.roles()
-    known = {name for role in roles for name in tree.options(role)}
+    facts = {name for task in tree.tasks() for name in task.keys.get("ansible.builtin.set_fact") or {}}
+    known = {name for role in roles for name in tree.options(role)} | facts
     pattern = re.compile(rf"\b(?:{'|'.join(roles) or '-'})_\w+\b")
     for name in tree.match("README.md", "docs/**.md", "inventories/**.yml", "molecule/*/converge.yml"):
         text = tree.text(name)

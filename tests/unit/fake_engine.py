@@ -73,7 +73,8 @@ class FakeEngine:
                 engine.released.wait(engine.token_seconds)
                 engine.tokens += 1
                 usage = {"completion_tokens": min(1, body["max_tokens"])}
-                message = {"role": "assistant", "content": "The capital of France is Paris."}
+                pictured = isinstance(body["messages"][0]["content"], list)
+                message = {"role": "assistant", "content": "OPEN" if pictured else "The capital of France is Paris."}
                 self.answer(engine.token_status, {"choices": [{"message": message}], "usage": usage})
 
         self.server = ThreadingHTTPServer((host, port), Handler, bind_and_activate=False)

@@ -52,6 +52,7 @@ def environment(base: Path, lock: str | None, *, check: bool = False, **changes:
         "conda_prefix": str(base),
         "installer": "uv",
         "keep_releases": 3,
+        "kept_by": [],
         "lock": None if lock is None else str(paths["lock"]),
         "name": "app",
         "python_version": "3.11",
@@ -108,6 +109,15 @@ def test_another_lock_keeps_the_release_before(base: Path) -> None:
     only = environment(base, TWO, keep_releases=1).present()
     assert only["removed"] == [one["prefix"]]
     assert folders(base) == [two["release"]]
+
+
+def test_a_release_that_a_link_leads_to_stays(base: Path, tmp_path: Path) -> None:
+    one = environment(base, ONE).present()
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user/environment").symlink_to(one["prefix"])
+    links = [str(tmp_path / "*/environment")]
+    assert environment(base, TWO, keep_releases=1, kept_by=links).present()["removed"] == []
+    assert one["release"] in folders(base)
 
 
 def test_a_release_can_be_built_beside(base: Path) -> None:

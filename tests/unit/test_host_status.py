@@ -90,6 +90,8 @@ def test_an_engine_is_told_whole(tmp_path: Path, release: Path, port: int, engin
         "release": "0123456789ab",
         "libraries": {"libnccl.so.2": "nvidia-nccl-cu12 2.27.5"},
         "gpus": "2,3",
+        "environment": "0123456789ab",
+        "pending": "",
         "model": "m",
         "model_path": "/var/lib/models/m",
         "url": f"http://127.0.0.1:{port}",

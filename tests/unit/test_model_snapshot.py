@@ -58,6 +58,7 @@ def have(path: Path, *, check: bool = False, **changes: Any) -> dict[str, Any]:
         "reserve_gib": 0,
         "fetch": True,
         "keep_snapshots": 2,
+        "kept_by": [],
         **changes,
     }
     module: Any = SimpleNamespace(params=params, check_mode=check)
@@ -197,6 +198,16 @@ def test_old_snapshots_and_leftovers_go_but_never_the_current_one(
     places = list((tmp_path / ".store" / "test--tiny").iterdir())
     assert len(places) == left
     assert (tmp_path / "test--tiny").resolve() in places
+
+
+def test_a_snapshot_that_a_link_leads_into_stays(hub: Any, tmp_path: Path) -> None:
+    have(tmp_path)
+    first = (tmp_path / "test--tiny").resolve()
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user/model").symlink_to(first / SHARDS[0])
+    have(tmp_path, model={"ignore_patterns": []}, keep_snapshots=1, kept_by=[str(tmp_path / "user/model")])
+    assert (tmp_path / "test--tiny").resolve() != first
+    assert first.is_dir()
 
 
 def test_other_patterns_are_another_snapshot(hub: Any, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_the_unit_has_arguments_that_the_real_parser_takes(host: Any) -> None:
     assert "--chat-template" not in text
     assert "--session-len 16384 " in f"{text} "
     assert "--vision-max-batch-size 4" in text
-    checked = host.run(f"{LINK}/bin/python /usr/local/lib/api-server/api_server_launcher.py --check {INSTANCE}")
+    checked = host.run(f"{LINK}/bin/python /etc/api-server/releases/api-server/current/launcher.py --check {INSTANCE}")
     assert json.loads(checked.stdout) == {"errors": []}
     assert checked.rc == 0
 
