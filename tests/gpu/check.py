@@ -48,7 +48,7 @@ PLAIN = {
     "api_server_engine": "lmdeploy",
     "api_server_port": PORT,
     "api_server_cache_max_entry_count": 0.2,
-    "api_server_start_timeout_seconds": 300,
+    "api_server_start_timeout_seconds": 150,
 }
 
 
@@ -625,6 +625,28 @@ class Check:
         lost = sorted(wanted - set(found["engine_says"]))
         expect(not lost, f"the engine does not say {', '.join(lost)}")
 
+    def rollback(self, found: dict[str, Any]) -> None:
+        """A release that answers wrong gives way to the one before, by itself; playbooks/rollback.yml does it on demand."""
+        self.bring_up(found, "text", api_server_tp=1)
+        before = self.current()
+        wish = {"api_server_model": str(MODELS / "text"), "api_server_tp": 1, "api_server_session_len": 4096}
+        gate = {"api_server_gate_question": FRANCE, "api_server_gate_expected": "London"}
+        code, text, found["seconds"] = self.play({**wish, **gate})
+        found["wrong_answer"] = {"rc": code, "message": self.message(text)}
+        found["same_release_serves"] = self.current() == before
+        engine = Engine(PORT, "text", KEY_FILE.read_text(encoding="ascii").split()[0])
+        found["answer"] = engine.chat(FRANCE, max_tokens=32)["choices"][0]["message"]["content"]
+        expect(code != 0 and found["same_release_serves"], "the wrong answer was let through")
+        expect("Paris" in found["answer"], "the old release does not answer")
+        code, text, found["seconds_of_a_good_switch"] = self.play({**wish, "api_server_gate_question": FRANCE})
+        found["good_switch"] = {"rc": code, "other_release": self.current() != before}
+        expect(code == 0 and found["good_switch"]["other_release"], "the good release was not taken")
+
+    @staticmethod
+    def current() -> str:
+        """Return the id of the release that the engine's link names."""
+        return Path("/etc/api-server/releases/api-server/current").resolve().name
+
     def cleanup(self, found: dict[str, Any]) -> None:
         """Remove the engine that was made for the check; environment and models stay for the next time."""
         found["stopped"] = run("systemctl", "disable", "--now", UNIT).returncode == 0
@@ -645,6 +667,7 @@ STEPS = [
     "hang",
     "parity",
     "flags",
+    "rollback",
     "cleanup",
 ]
 

@@ -35,7 +35,7 @@ from generate import BASES, ROLES, Case  # noqa: E402  # see above
 
 PLAYED = ["mirrors", "miniconda", "conda_env", "model_weights", "api_server", "open_webui"]
 RELEASE = "/opt/miniconda3/releases/engine/0123456789ab"
-LAUNCHER = "/usr/local/lib/api-server/api_server_launcher.py"
+LAUNCHER = "/etc/api-server/releases/api-server/@RELEASE@/launcher.py"
 SECRETS = {"WEBUI_SECRET_KEY": "generated", "WEBUI_ADMIN_PASSWORD": "generated"}
 LOADER = DataLoader()
 

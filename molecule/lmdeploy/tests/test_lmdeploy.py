@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FILES = ROOT / "roles/lmdeploy/files"
 LINK = "/opt/miniconda3/envs/lmdeploy"
 VARIABLES: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "converge.yml").read_text())[0]["vars"]
-INSTANCE = "/etc/api-server/api-server.json"
+INSTANCE = "/etc/api-server/releases/api-server/current/instance.json"
 
 
 def locked(path: Path) -> dict[str, str]:

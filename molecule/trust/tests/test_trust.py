@@ -259,11 +259,11 @@ def test_hostile_values_arrive_whole_and_nothing_else_does(host: Host) -> None:
     assert given == texts
     assert not [line for line in environ if line.startswith(("LD_PRELOAD", "User=", "touch"))]
     assert host.file("/etc/systemd/system/open-webui.service").content_string == before
-    instance = json.loads(str(host.file("/etc/api-server/api-server.json").content_string))
+    instance = json.loads(str(host.file("/etc/api-server/releases/api-server/current/instance.json").content_string))
     assert {name: text for name, text in instance["environment"].items() if name in texts} == texts
     started = host.check_output("systemctl show -P MainPID api-server.service")
     arguments = json.loads(on_host(read, f"/proc/{started}/cmdline")).split("\0")
-    assert [Path(word).name for word in arguments if word] == ["python", "api_server_launcher.py"]
+    assert [Path(word).name for word in arguments if word] == ["python", "launcher.py"]
     assert not host.file("/tmp/owned").exists
 
 
