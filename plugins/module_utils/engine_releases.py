@@ -266,8 +266,10 @@ class Manager:
             return f"(the journal can't be read: {fault})"
 
     def arm(self, instance: str, seconds: float) -> None:
-        """Have the host look after a pending switch by itself in a while, whatever becomes of this process."""
-        self.disarm(instance)
+        """Have the host look after a pending switch by itself in a while, whatever becomes of this process.
+
+        Timers from before stay until the switch is settled: without a gap, there is no moment that a kill could use.
+        """
         self.run(
             *(
                 "systemd-run",
@@ -563,8 +565,9 @@ class Releases:
             return self.lay_down(release, before)
         pending = {"from": "" if before == release else before, "to": release, "awaits": awaits, "first": not before}
         pending.update(until=time.time() + confirm_seconds, confirm_seconds=confirm_seconds)
-        write_json(self.home / PENDING, pending)
+        # The timer first: a marker without one would wait for the next boot.
         self.manager.arm(self.instance, confirm_seconds)
+        write_json(self.home / PENDING, pending)
         return {"changed": True, "from": before, "release": release, "gate": self.carry_out(pending)}
 
     def carry_out(self, pending: dict[str, Any]) -> dict[str, Any]:
@@ -578,8 +581,8 @@ class Releases:
             self.go_back(pending, f"release {release} failed its gate: {fault}")
         if pending["awaits"] == "caller":
             pending = {**pending, "until": time.time() + pending["confirm_seconds"], "proven": True}
+            self.manager.arm(self.instance, pending["confirm_seconds"] + 1)
             write_json(self.home / PENDING, pending)
-            self.manager.arm(self.instance, pending["confirm_seconds"])
         else:
             self.confirm(release)
         return result

@@ -199,6 +199,7 @@ def test_a_switch_that_is_cut_anywhere_is_finished_by_the_host(host: Releases, e
     with pytest.raises(KeyboardInterrupt):
         switch(host, two)
     assert host.pending()["to"] == two
+    assert "systemd-run" in systemd(host).done
     systemd(host).killed_at = ""
     if moment == "journalctl":
         with pytest.raises(ReleaseFault, match=f"Release {one} serves again"):
@@ -208,6 +209,15 @@ def test_a_switch_that_is_cut_anywhere_is_finished_by_the_host(host: Releases, e
     assert host.running() == (one if moment == "journalctl" else two)
     assert (host.confirmed(), host.pending()) == (host.running(), {})
     assert host.resume() == ""
+
+
+def test_no_switch_is_pending_without_a_timer(host: Releases, engine: FakeEngine) -> None:
+    one, two = build(host, engine, 1), build(host, engine, 2)
+    switch(host, one)
+    systemd(host).killed_at = "systemd-run"
+    with pytest.raises(KeyboardInterrupt):
+        switch(host, two)
+    assert host.pending() == {}
 
 
 def test_a_switch_that_nobody_confirms_goes_back(host: Releases, engine: FakeEngine) -> None:

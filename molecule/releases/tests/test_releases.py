@@ -156,9 +156,8 @@ def test_the_timer_ends_what_the_program_could_not(host: Any, play: Callable[...
     before = serves(host)
     bad = built(host, play, api_server_session_len=1664, api_server_gate_expected="London")
     switch = f"systemd-run --collect --unit=cut {PROGRAM} switch api-server {bad} --confirm-seconds 5"
-    host.check_output(
-        f"{switch}; until [ -e {HOME}/pending.json ]; do sleep 0.02; done; systemctl kill --signal=KILL cut.service"
-    )
+    wait = f"timeout 60 sh -c 'until [ -e {HOME}/pending.json ]; do sleep 0.02; done'"
+    host.check_output(f"{switch} && {wait} && systemctl kill --signal=KILL cut.service")
     print(f"the release before served again {settled(host):.1f} s after the program was killed")
     assert serves(host) == before
 
