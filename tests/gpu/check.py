@@ -626,7 +626,7 @@ class Check:
         expect(not lost, f"the engine does not say {', '.join(lost)}")
 
     def rollback(self, found: dict[str, Any]) -> None:
-        """A release that answers wrong gives way to the one before, by itself; playbooks/rollback.yml does it on demand."""
+        """A release that answers wrong gives way to the one before, by itself."""
         self.bring_up(found, "text", api_server_tp=1)
         before = self.current()
         wish = {"api_server_model": str(MODELS / "text"), "api_server_tp": 1, "api_server_session_len": 4096}

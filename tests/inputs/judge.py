@@ -35,7 +35,8 @@ from generate import BASES, ROLES, Case  # noqa: E402  # see above
 
 PLAYED = ["mirrors", "miniconda", "conda_env", "model_weights", "api_server", "open_webui"]
 RELEASE = "/opt/miniconda3/releases/engine/0123456789ab"
-LAUNCHER = "/etc/api-server/releases/api-server/@RELEASE@/launcher.py"
+FOLDER = "/etc/api-server/releases/engine/@RELEASE@"
+LAUNCHER = f"{FOLDER}/launcher.py"
 SECRETS = {"WEBUI_SECRET_KEY": "generated", "WEBUI_ADMIN_PASSWORD": "generated"}
 LOADER = DataLoader()
 
@@ -150,6 +151,7 @@ class Renderer:
             "api_server_engine_resolved": ("lmdeploy" if self.gpu else "llama_cpp") if engine == "auto" else engine,
             "__api_server_host": {"release": RELEASE, "models": {}, "gpus": int(self.gpu), "wsl": False, "units": []},
             "__api_server_release": RELEASE,
+            "__api_server_folder": FOLDER,
         }
         expression = (
             "{{ __api_server_plain | selfhost.lmdeploy.engine_instances("
