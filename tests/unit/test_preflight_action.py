@@ -132,7 +132,7 @@ def test_expressions_are_computed_and_broken_ones_named() -> None:
 def test_what_an_engine_that_is_not_taken_says_does_not_count() -> None:
     variables = {"lmdeploy_version": [1, 2], "api_server_model": GGUF}
     assert Run(ENGINE, variables, box(**CPU)).findings == []
-    assert "version_floor" in Run(ENGINE, {"lmdeploy_version": [1, 2]}, box(gpu=hosts.machine("h100"))).checks
+    assert "variable_invalid" in Run(ENGINE, {"lmdeploy_version": [1, 2]}, box(gpu=hosts.machine("h100"))).checks
 
 
 def test_all_faults_come_in_one_message() -> None:
