@@ -51,34 +51,8 @@ HOSTILE = (
     (re.compile(r"[\\$]"), "a backslash or a dollar sign"),
 )
 # Never a folder of ours.
-SYSTEM_FOLDERS = frozenset(
-    {
-        "/",
-        "/bin",
-        "/boot",
-        "/dev",
-        "/etc",
-        "/home",
-        "/lib",
-        "/lib64",
-        "/opt",
-        "/proc",
-        "/root",
-        "/run",
-        "/sbin",
-        "/srv",
-        "/sys",
-        "/tmp",  # noqa: S108  # refused and never used
-        "/usr",
-        "/usr/bin",
-        "/usr/lib",
-        "/usr/local",
-        "/usr/sbin",
-        "/usr/share",
-        "/var",
-        "/var/lib",
-        "/var/log",
-    }
+SYSTEM_FOLDER = re.compile(
+    r"/(bin|boot|dev|etc|home|lib|lib64|opt|proc|root|run|sbin|srv|sys|tmp|usr(/(bin|lib|local|sbin|share))?|var(/(lib|log))?)?"
 )
 # Flags that the role's own variables set, and what sets them.
 OWN_FLAGS = {
@@ -306,7 +280,7 @@ def check_folders(desired: Desired) -> Iterator[Finding]:
     """data_dir: what people keep does not lie in what an update replaces."""
     for variable in ("miniconda_prefix", "model_weights_dir"):
         path = desired.text(variable)
-        if path.startswith("/") and posixpath.normpath(path).replace("//", "/") in SYSTEM_FOLDERS:
+        if path.startswith("/") and SYSTEM_FOLDER.fullmatch(posixpath.normpath(path).replace("//", "/")):
             why = "It belongs to the system, and what lies in this folder is replaced, and removed at the end."
             yield desired.fault("data_dir", variable, path, why, f"Set {variable} to a folder of its own.")
     prefix = desired.text("miniconda_prefix").rstrip("/")
