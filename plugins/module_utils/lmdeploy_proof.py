@@ -95,4 +95,6 @@ def library_faults(prefix: Path, site_packages: Path, ldd: str) -> list[str]:
                 f"{name} must be there once, with one owner, but {', '.join(copies) or 'no file'} belongs to "
                 f"{', '.join(holders) or 'no package'}"
             )
+    if not any(prefix.glob("include/python3*/Python.h")):
+        faults.append("its Python has no Python.h, which Triton needs to compile what the PyTorch backend runs")
     return faults

@@ -260,7 +260,7 @@ class Check:
     def models(self, found: dict[str, Any]) -> None:
         """Make the models, unless they are given."""
         MODELS.mkdir(parents=True, exist_ok=True)
-        for kind, source in (("text", self.options.gguf), ("llama", None), ("vision", None)):
+        for kind, source in (("text", self.options.gguf), ("heads", MODELS / "text"), ("vision", None)):
             if kind == "text" and self.options.text_model:
                 link = MODELS / "text"
                 if not link.exists():
@@ -426,23 +426,28 @@ class Check:
         engine = self.bring_up(found["vision"], "vision", api_server_tp=1, api_server_backend="pytorch")
         self.pictures(found["vision"], engine)
 
-    QUESTIONS = ("one two three", "def main() -> int:", "The report is", "import json", "0 1 2 3 4 5", "class Check:")
+    QUESTIONS = (
+        FRANCE,
+        "Name three colours.",
+        "What do bees make?",
+        "How many days has a week?",
+        "What is the opposite of hot?",
+        "Write one sentence about the sea.",
+    )
 
     def continuations(self, engine: Engine) -> list[str]:
         """Return what a model says to a few prompts at temperature 0."""
-        return [
-            engine.chat(question, max_tokens=32, ignore_eos=True)["choices"][0]["message"]["content"]
-            for question in self.QUESTIONS
-        ]
+        return [engine.chat(question, max_tokens=48)["choices"][0]["message"]["content"] for question in self.QUESTIONS]
 
     def tensor_parallel(self, found: dict[str, Any]) -> None:
         """A model cut over the GPUs says what it says on one."""
         expect(self.gpus > 1, "there is one GPU")
-        alone = self.continuations(self.bring_up(found.setdefault("tp1", {}), "llama", api_server_tp=1))
+        alone = self.continuations(self.bring_up(found.setdefault("tp1", {}), "heads", api_server_tp=1))
         tp = 2
         while tp <= min(self.gpus, 8):
             part = found.setdefault(f"tp{tp}", {})
-            cut = self.continuations(self.bring_up(part, "llama", api_server_tp=tp))
+            cut = self.continuations(self.bring_up(part, "heads", api_server_tp=tp))
+            part["first_answer"] = cut[0]
             part["equal_answers"] = sum(first == second for first, second in zip(alone, cut, strict=True))
             part["of"] = len(alone)
             part["listens_on"] = sorted({line.split()[3] for line in output("ss", "-Hltn").splitlines()})
@@ -456,7 +461,7 @@ class Check:
     def tensor_parallel_pytorch(self, found: dict[str, Any]) -> None:
         """The PyTorch backend over two GPUs: Ray must stay on loopback, and a stopped worker is noticed."""
         expect(self.gpus > 1, "there is one GPU")
-        engine = self.bring_up(found, "llama", api_server_tp=2, api_server_backend="pytorch")
+        engine = self.bring_up(found, "heads", api_server_tp=2, api_server_backend="pytorch")
         found["continuations"] = self.continuations(engine)
         found["listens_on"] = sorted({line.split()[3] for line in output("ss", "-Hltn").splitlines()})
         workers = [line.split(None, 1) for line in output("ps", "-eo", "pid,args", "--no-headers", "-ww").splitlines()]
@@ -468,8 +473,8 @@ class Check:
     def too_many(self, found: dict[str, Any]) -> None:
         """More GPUs than there are: refused by preflight, and by the launcher where preflight was left out."""
         tp = 1 << self.gpus.bit_length()
-        wish = {"api_server_model": str(MODELS / "llama"), "api_server_tp": tp}
-        self.bring_up(found, "llama", api_server_tp=1)
+        wish = {"api_server_model": str(MODELS / "heads"), "api_server_tp": tp}
+        self.bring_up(found, "heads", api_server_tp=1)
         code, text, _ = self.play(wish)
         found["preflight"] = {"rc": code, "message": self.message(text)}
         found["engine_after_preflight"] = self.shown("ActiveState")["ActiveState"]
@@ -483,7 +488,7 @@ class Check:
     def seed(self, found: dict[str, Any]) -> None:
         """The recipe's command line as people type it, and then as our unit runs it."""
         run("systemctl", "stop", UNIT)
-        model, tp = str(MODELS / "llama"), min(2, self.gpus)
+        model, tp = str(MODELS / "heads"), min(2, self.gpus)
         arguments = ["serve", "api_server", model, "--backend", "turbomind", "--server-port", str(PORT)]
         arguments += ["--tp", str(tp), "--chat-template", "internvl2_5"]
         found["by_hand"] = {"command": " ".join(["lmdeploy", *arguments])}
@@ -492,7 +497,7 @@ class Check:
         wish = {"api_server_model": model, "api_server_tp": tp, "api_server_chat_template": "internvl2_5"}
         code, text, _ = self.play(wish)
         found["by_preflight"] = {"rc": code, "message": self.message(text)}
-        engine = self.bring_up(found.setdefault("by_our_unit", {}), "llama", api_server_tp=tp)
+        engine = self.bring_up(found.setdefault("by_our_unit", {}), "heads", api_server_tp=tp)
         found["by_our_unit"]["answers"] = bool(self.continuations(engine)[0])
         expect(found["by_hand"]["rc"] != 0 and code != 0, "the removed template was let through")
 
@@ -605,7 +610,9 @@ class Check:
             r"(session_len|max_batch_size|cache_max_entry_count|enable_prefix_caching|quant_policy)\W{1,4}([\w.]+)",
             journal,
         )
-        found["engine_says"] = sorted({f"{name}={value}" for name, value in said})
+        # Python prints the policy by the name of its number.
+        words = {"QuantPolicy.INT8": "8"}
+        found["engine_says"] = sorted({f"{name}={words.get(value, value)}" for name, value in said})
         used = "--query-compute-apps=used_memory"
         found["gpu_memory_with_0.05"] = output("nvidia-smi", used, "--format=csv,noheader").splitlines()
         try:

@@ -2,7 +2,7 @@
 """Make the small models that script/gpu-check serves, on the spot: no hub is asked.
 
     models.py text GGUF OUT     SmolLM2 from its GGUF file, as bf16 safetensors: its answers mean something
-    models.py llama OUT         random Llama, 16 heads and 8 KV heads: cut over 2, 4 and 8 GPUs
+    models.py heads TEXT OUT    the same model with more heads, all of them silent: cut over 2, 4 and 8 GPUs
     models.py vision OUT        random InternVL of a few layers: tiles, image tokens and limits are those of InternVL3
 
 Runs with the Python of LMDeploy's environment; ``text`` also needs the package gguf on PYTHONPATH. Needs no GPU.
@@ -26,6 +26,7 @@ TEMPLATE = (
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 1024
+KV_HEADS = 8
 IMAGE_SIZE, PATCH_SIZE = 448, 14
 # 448 / 14 = 32 patches a side, halved by the pixel shuffle: 16 x 16 tokens for each tile, as InternVL3 has it.
 TOKENS_PER_TILE = (IMAGE_SIZE // PATCH_SIZE // 2) ** 2
@@ -85,27 +86,29 @@ def make_text(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def make_llama(out: Path) -> None:
-    """Write a random Llama whose heads can be cut over up to 8 GPUs."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_heads(text: Path, out: Path) -> None:
+    """Give a Llama 8 KV heads. What is added is zero, so the model says what it said; a random one has no margins.
 
-    torch.manual_seed(1)
-    tokenizer = save_tokenizer(out)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    save(LlamaForCausalLM(config), out)
+    A zero value makes a head's output zero, whatever its scores; the columns of the output projection are zero too.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    source = LlamaForCausalLM.from_pretrained(text, dtype=torch.float32)
+    config, size = source.config, source.config.hidden_size // source.config.num_attention_heads
+    heads = config.num_attention_heads // config.num_key_value_heads * KV_HEADS
+    weights = source.state_dict()
+    for name, weight in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            rows = (heads if "q_proj" in name else KV_HEADS) * size
+            weights[name] = torch.cat([weight, torch.zeros(rows - weight.shape[0], weight.shape[1])])
+        elif name.endswith("o_proj.weight"):
+            weights[name] = torch.cat([weight, torch.zeros(weight.shape[0], heads * size - weight.shape[1])], dim=1)
+    config.update({"num_attention_heads": heads, "num_key_value_heads": KV_HEADS, "head_dim": size})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(weights)
+    save(model, out)
+    AutoTokenizer.from_pretrained(text).save_pretrained(out)
 
 
 def make_vision(out: Path) -> None:
@@ -166,7 +169,7 @@ def make_vision(out: Path) -> None:
 def main() -> int:
     """Make one model; a folder that is complete stays."""
     parser = argparse.ArgumentParser(prog="models.py", description="Make a small model.")
-    parser.add_argument("kind", choices=("text", "llama", "vision"))
+    parser.add_argument("kind", choices=("text", "heads", "vision"))
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     chosen = parser.parse_args()
     out: Path = chosen.paths[-1]
@@ -174,10 +177,10 @@ def main() -> int:
     if done.exists():
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    if chosen.kind == "text":
-        make_text(chosen.paths[0], out)
+    if chosen.kind == "vision":
+        make_vision(out)
     else:
-        {"llama": make_llama, "vision": make_vision}[chosen.kind](out)
+        {"text": make_text, "heads": make_heads}[chosen.kind](chosen.paths[0], out)
     for path in out.iterdir():
         # The engine's user reads them; safetensors writes for the owner alone.
         path.chmod(0o644)

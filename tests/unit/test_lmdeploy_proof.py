@@ -19,6 +19,8 @@ def prefix(tmp_path: Path) -> Path:
     package(tmp_path, "nvidia_nccl_cu12-2.27.5", NCCL)
     package(tmp_path, "nvidia_cublas_cu12-12.8.4.1", CUBLAS, CUBLAS_LT)
     package(tmp_path, "nvidia_cuda_runtime_cu12-12.8.90", CUDART)
+    (tmp_path / "include/python3.11").mkdir(parents=True)
+    (tmp_path / "include/python3.11/Python.h").touch()
     return tmp_path
 
 
@@ -47,6 +49,12 @@ def faults(prefix: Path, *lines: str, without: str = "-") -> str:
 
 def test_one_set_is_right_even_without_a_driver(prefix: Path) -> None:
     assert faults(prefix) == ""
+
+
+def test_a_python_without_headers_is_refused(prefix: Path) -> None:
+    """Found on a GPU: Triton compiles a module at the start of the PyTorch backend, which dies without Python.h."""
+    (prefix / "include/python3.11/Python.h").unlink()
+    assert "has no Python.h" in faults(prefix)
 
 
 def test_what_nvidia_makes_beside_cuda_is_no_second_set(prefix: Path) -> None:

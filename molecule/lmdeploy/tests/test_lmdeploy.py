@@ -66,6 +66,14 @@ def test_each_cuda_library_is_there_once(host: Any) -> None:
     assert len(missing.splitlines()) == 1
 
 
+def test_what_triton_compiles_finds_its_headers(host: Any) -> None:
+    """Triton compiles a module of C at the start of the PyTorch backend, with the host's compiler."""
+    program = "#include <Python.h>"
+    include = f"-I{LINK}/include/python3.11"
+    host.run_expect([0], f"echo '{program}' | gcc -x c -fPIC -shared {include} -o /tmp/triton-probe.so -")
+    host.run_expect([0], "rm /tmp/triton-probe.so")
+
+
 def test_what_preflight_knows_is_what_is_installed(host: Any) -> None:
     """The list of options, templates and parsers in the role was taken from exactly this version."""
     kept = json.loads(host.check_output(f"cat {LINK}/lmdeploy.json"))
