@@ -15,7 +15,7 @@ description:
   - Files that belong together are judged by the programs that read them before the first one is replaced. When one is
     refused, none is written, so a host never stands between two configurations.
   - Each file is replaced in one step. A set that is there already is recognised in one call, with no program started.
-  - Files and folders belong to root. Check mode judges too.
+  - Files and folders belong to root, and to its group unless another is named. Check mode judges too.
 options:
   folders:
     description: Folders to have, in order.
@@ -31,6 +31,11 @@ options:
         description: Permissions, for example V(0700).
         type: str
         default: '0755'
+      group:
+        description: Group that it belongs to, for a service that reads it and may not write it. It must be there,
+          except in check mode.
+        type: str
+        default: root
   files:
     description: Files to have.
     type: list
@@ -56,6 +61,10 @@ options:
         description: Permissions.
         type: str
         default: '0644'
+      group:
+        description: As for a folder.
+        type: str
+        default: root
       check:
         description: Program and arguments that judge the file before any file is written. A word that is the path of a
           file of the set stands for a copy, by the same name, of what that file will be. An exit code other than 0
@@ -107,6 +116,7 @@ refused:
   sample: [{path: /etc/systemd/system/app.service, output: "app.service:3: Unknown key name 'Exec'"}]
 """
 
+import grp
 import os
 import secrets
 import string
@@ -158,13 +168,33 @@ def judge(entry: dict[str, Any], copies: dict[str, Path]) -> str:
     return "\n".join(line for line in lines if name in line)
 
 
-def wrong_rights(path: Path, mode: str) -> bool:
+def group_number(name: str) -> int:
+    """Return the number of a group; root stands for the group that this runs as, and -1 for one that is not there."""
+    if name == "root":
+        return os.getgid()
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return -1
+
+
+def wrong_rights(path: Path, entry: dict[str, Any]) -> bool:
     """Tell whether somebody else owns a file or folder, or its permissions differ."""
     about = path.stat()
-    return (about.st_mode & 0o7777, about.st_uid, about.st_gid) != (int(mode, 8), os.getuid(), os.getgid())
+    wanted = (int(entry["mode"], 8), os.getuid(), group_number(entry["group"]))
+    return (about.st_mode & 0o7777, about.st_uid, about.st_gid) != wanted
 
 
-def write(path: Path, content: str, mode: str) -> None:
+def have_group(entry: dict[str, Any]) -> int:
+    """Return the number of a group that must be there."""
+    number = group_number(entry["group"])
+    if number < 0:
+        message = f"{entry['path']} is to belong to the group {entry['group']}, which is not there"
+        raise OSError(message)
+    return number
+
+
+def write(path: Path, content: str, mode: str, group: int) -> None:
     """Replace a file in one step; it never stands there with wider permissions than it may have."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -172,6 +202,7 @@ def write(path: Path, content: str, mode: str) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.chown(name, os.getuid(), group)
         Path(name).chmod(int(mode, 8))
         Path(name).replace(path)
     except BaseException:
@@ -184,12 +215,12 @@ def have_folders(folders: list[dict[str, Any]], *, dry: bool) -> list[str]:
     written = []
     for entry in folders:
         path = Path(entry["path"])
-        if path.is_dir() and not wrong_rights(path, entry["mode"]):
+        if path.is_dir() and not wrong_rights(path, entry):
             continue
         written.append(str(path))
         if not dry:
             path.mkdir(exist_ok=True)
-            os.chown(path, os.getuid(), os.getgid())
+            os.chown(path, os.getuid(), have_group(entry))
             path.chmod(int(entry["mode"], 8))
     return written
 
@@ -201,7 +232,7 @@ def differing(files: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str | N
         path = Path(entry["path"])
         current = read(path)
         content = wanted_content(entry, current)
-        if current != content or wrong_rights(path, entry["mode"]):
+        if current != content or wrong_rights(path, entry):
             found.append((entry, current, content))
     return found
 
@@ -232,7 +263,7 @@ def converge(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
         path = Path(entry["path"])
         written.append(str(path))
         if not dry:
-            write(path, content, entry["mode"])
+            write(path, content, entry["mode"], have_group(entry))
         shown = entry["content"] is not None
         before, after = (current or "", content) if shown else ("(hidden)\n" if current else "", "(hidden, other)\n")
         diffs.append({"before_header": str(path), "after_header": str(path), "before": before, "after": after})
@@ -247,7 +278,11 @@ def main() -> None:
                 "type": "list",
                 "elements": "dict",
                 "default": [],
-                "options": {"path": {"type": "path", "required": True}, "mode": {"type": "str", "default": "0755"}},
+                "options": {
+                    "path": {"type": "path", "required": True},
+                    "mode": {"type": "str", "default": "0755"},
+                    "group": {"type": "str", "default": "root"},
+                },
             },
             "files": {
                 "type": "list",
@@ -259,6 +294,7 @@ def main() -> None:
                     "hidden_content": {"type": "str", "no_log": True},
                     "generated": {"type": "int"},
                     "mode": {"type": "str", "default": "0644"},
+                    "group": {"type": "str", "default": "root"},
                     "check": {"type": "list", "elements": "str", "default": []},
                     "check_silent": {"type": "bool", "default": False},
                 },

@@ -13,6 +13,7 @@ FILE: dict[str, Any] = {
     "hidden_content": None,
     "generated": None,
     "mode": "0644",
+    "group": "root",
     "check": [],
     "check_silent": False,
 }
@@ -27,7 +28,7 @@ def converge(*files: dict[str, Any], folders: list[dict[str, Any]] | None = None
 
 
 def test_a_set_is_written_once_and_then_recognised(tmp_path: Path) -> None:
-    folder = {"path": str(tmp_path / "etc"), "mode": "0700"}
+    folder = {"path": str(tmp_path / "etc"), "mode": "0700", "group": "root"}
     files = [
         {"path": tmp_path / "etc/a", "content": "one\n"},
         {"path": tmp_path / "etc/b", "hidden_content": "secret\n", "mode": "0600"},
