@@ -90,7 +90,11 @@ def expressions() -> list[str]:
 
 
 def test_every_expression_names_metrics_that_exist(host: Any) -> None:
-    rules = {"groups": [{"name": "all", "rules": [{"record": "x", "expr": expr} for expr in expressions()]}]}
+    rules = {
+        "groups": [
+            {"name": "all", "rules": [{"record": f"x{n}", "expr": expr} for n, expr in enumerate(expressions())]}
+        ]
+    }
     text = json.dumps(rules)
     checked = host.run(f"cat > /root/all.yml <<'END_OF_FILE'\n{text}\nEND_OF_FILE\npromtool check rules /root/all.yml")
     assert "SUCCESS" in checked.stdout, checked.stdout + checked.stderr
