@@ -141,9 +141,15 @@ def ours(host: Host) -> list[str]:
     return sorted(Path(line).name for line in listed.split())
 
 
+# Starts at boot only while a switch is unfinished, and then starts, stops and replaces the engine's unit: that is root's.
+SWITCHES_UNITS = ("engine-releases.service",)
+
+
 def test_every_unit_is_as_closed_as_promised(host: Host) -> None:
     found = {}
     for unit in ours(host):
+        if unit in SWITCHES_UNITS:
+            continue
         text = host.run(f"systemd-analyze security --no-pager {unit}").stdout
         score = re.search(r"exposure level for \S+: ([\d.]+)", text)
         assert score, text
