@@ -147,7 +147,7 @@ def test_a_hung_engine_is_restarted(host: Any) -> None:
 
 
 def test_open_streams_end_and_newcomers_are_refused_when_it_stops(host: Any) -> None:
-    command = client(23333, "Tell me a long story.", 120, stream=True)
+    command = client(23333, "Tell me a long story.", 500, stream=True)
     host.check_output(f"nohup {command} >/root/stream.txt 2>&1 & sleep 1")
     began = time.monotonic()
     while "data:" not in host.file("/root/stream.txt").content_string:

@@ -141,7 +141,7 @@ def ours(host: Host) -> list[str]:
     return sorted(Path(line).name for line in listed.split())
 
 
-# Starts at boot only while a switch is unfinished, and then starts, stops and replaces the engine's unit: that is root's.
+# Starts at boot only while a switch is unfinished, and then starts, stops and replaces units: that is root's.
 SWITCHES_UNITS = ("engine-releases.service",)
 
 
