@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
+
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import owned_files
 
 
 class PrivateFiles:
@@ -47,17 +48,8 @@ class PrivateFiles:
         self.changed.append(str(path))
         if self.dry:
             return
-        # mkstemp makes the file 0600, so the secret is never readable, not even for a moment.
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        # Made with 0600 from its first moment, so the secret is never readable by others.
+        owned_files.write(path, content, {"mode": "0600", "group": ""})
 
 
 def _is_private(path: Path, mode: int) -> bool:

@@ -115,6 +115,12 @@ def index_of(wheels: Path, index: Path) -> str:
     return index.as_uri()
 
 
+def foreign_engines(instances: Path = Path("/etc/api-server")) -> list[str]:
+    """Return the engines of this host that serve something else than the models made here."""
+    files = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in instances.glob("*.json")}
+    return sorted(name for name, engine in files.items() if not engine["model_path"].startswith(f"{MODELS}/"))
+
+
 class Check:
     """One run: its host, its options and its report."""
 
@@ -162,13 +168,13 @@ class Check:
     def play(self, variables: dict[str, Any], *arguments: str) -> tuple[int, str, float]:
         """Run site.yml on this host; return exit code, output and seconds."""
         WORK.mkdir(parents=True, exist_ok=True)
+        # Ansible's YAML inventory plugin reads JSON too, by this ending.
         inventory, extra = WORK / "hosts.json", WORK / "case.json"
         host = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
         inventory.write_text(
             json.dumps({"all": {"hosts": {"gpu-host": host}}, "model_servers": {"hosts": {"gpu-host": None}}}),
             encoding="utf-8",
         )
-        # Ansible's YAML inventory plugin reads JSON too, by this ending.
         extra.write_text(json.dumps({**self.options.variables, **PLAIN, **variables}), encoding="utf-8")
         began = time.monotonic()
         done = run(
@@ -700,6 +706,8 @@ def main() -> int:
     options.variables = json.loads(options.vars.read_text(encoding="utf-8")) if options.vars else {}
     if options.wheels:
         options.variables["mirrors_pip_index_url"] = index_of(options.wheels.resolve(), WORK / "index")
+    if foreign := foreign_engines():
+        parser.error(f"{', '.join(foreign)} serves on this host, and its place would be taken: run it on another host")
     wanted = options.steps.split(",")
     unknown = [name for name in wanted if name not in STEPS]
     if unknown:
