@@ -1,11 +1,12 @@
 # Copyright: the selfhost.lmdeploy maintainers
 # Apache-2.0 (see LICENSE)
-"""Files and folders of root, with the group and the permissions that are wanted, replaced in one step."""
+"""Files of root and folders, with the owner, group and permissions that are wanted, replaced in one step."""
 
 from __future__ import annotations
 
 import grp
 import os
+import pwd
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,29 @@ def group_id(name: str) -> int:
         return -1
 
 
+def user_id(name: str) -> int:
+    """Return the number of a user, our own for no name, and -1 for one that is not there."""
+    try:
+        return pwd.getpwnam(name).pw_uid if name else os.getuid()
+    except KeyError:
+        return -1
+
+
 def wrong_rights(path: Path, entry: dict[str, Any]) -> bool:
     """Tell whether somebody else owns a file or folder, or its permissions differ."""
     about = path.stat()
-    wanted = (int(entry["mode"], 8), os.getuid(), group_id(entry["group"]))
+    wanted = (int(entry["mode"], 8), user_id(entry.get("owner", "")), group_id(entry["group"]))
     return (about.st_mode & 0o7777, about.st_uid, about.st_gid) != wanted
 
 
 def own(path: Path, entry: dict[str, Any]) -> None:
     """Give a file or folder its owner, group and permissions."""
-    group = group_id(entry["group"])
-    if group < 0:
-        message = f"there is no group {entry['group']} for {path}"
+    user, group = user_id(entry.get("owner", "")), group_id(entry["group"])
+    if user < 0 or group < 0:
+        missing = f"user {entry['owner']}" if user < 0 else f"group {entry['group']}"
+        message = f"there is no {missing} for {path}"
         raise OSError(message)
-    os.chown(path, os.getuid(), group)
+    os.chown(path, user, group)
     path.chmod(int(entry["mode"], 8))
 
 
@@ -65,6 +75,6 @@ def have_folders(folders: list[dict[str, Any]], *, dry: bool) -> list[str]:
             continue
         written.append(str(path))
         if not dry:
-            path.mkdir(exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             own(path, entry)
     return written

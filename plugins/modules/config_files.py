@@ -15,22 +15,26 @@ description:
   - Files that belong together are judged by the programs that read them before the first one is replaced. When one is
     refused, none is written, so a host never stands between two configurations.
   - Each file is replaced in one step. A set that is there already is recognised in one call, with no program started.
-  - Files and folders belong to root. Check mode judges too, and takes a group that is not there yet for a change.
+  - Files belong to root. Check mode judges too, and takes a user or group that is not there yet for a change.
 options:
   folders:
-    description: Folders to have, in order.
+    description: Folders to have, in order. Those above them are made with the usual permissions.
     type: list
     elements: dict
     default: []
     suboptions:
       path:
-        description: Path of the folder; the folder above it must be there.
+        description: Path of the folder.
         type: path
         required: true
       mode:
         description: Permissions, for example V(0700).
         type: str
         default: '0755'
+      owner:
+        description: Name of the user that it belongs to; root when empty.
+        type: str
+        default: ''
       group:
         description: Name of the group that it belongs to; root's when empty.
         type: str
@@ -223,6 +227,7 @@ def main() -> None:
                 "options": {
                     "path": {"type": "path", "required": True},
                     "mode": {"type": "str", "default": "0755"},
+                    "owner": {"type": "str", "default": ""},
                     "group": {"type": "str", "default": ""},
                 },
             },

@@ -55,6 +55,13 @@ def test_wider_permissions_are_mended(tmp_path: Path) -> None:
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_folder_of_a_user_who_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = {"path": str(tmp_path / "a/b"), "mode": "0700", "owner": "nobody-by-this-name"}
+    assert converge(folders=[folder], dry=True)["written"] == [str(tmp_path / "a/b")]
+    with pytest.raises(OSError, match="there is no user nobody-by-this-name"):
+        converge(folders=[folder])
+
+
 def test_a_generated_secret_stays(tmp_path: Path) -> None:
     file = {"path": tmp_path / "key", "generated": 48, "mode": "0600"}
     first = converge(file)
