@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -349,6 +350,31 @@ def check_sources(desired: Desired, survey: Survey) -> Iterator[Finding]:
         yield desired.fault("mirror", source.variable, source.url, why, f"{fix}.")
 
 
+def _brought_by_packages(desired: Desired) -> set[str]:
+    """Return the paths of the files that come out of Python packages."""
+    folder, paths = desired.text("model_weights_dir"), set()
+    for entry in desired.items("model_weights_packages") if "model_weights" in desired.roles else []:
+        if isinstance(entry, dict):
+            name = str(entry.get("file") or PurePosixPath(str(entry.get("member", ""))).name)
+            paths.add(f"{folder}/{name}")
+    return paths
+
+
+def check_model_files(desired: Desired, survey: Survey) -> Iterator[Finding]:
+    """model_missing: a model given as a path or a file is there already, or comes out of a package."""
+    brought = _brought_by_packages(desired)
+    for instance in desired.instances:
+        model = instance.text("model")
+        path = desired.model_path(model)
+        if not model or not path or is_from_hub(model) or path in brought or path not in survey["models"]:
+            continue
+        if not is_fetched(desired, survey, model):
+            variable = instance.variable("model")
+            why = f"Nothing is at {path} on the host, and no role brings it there."
+            fix = f"Put the model there, or set {variable} to its name on a hub as ORG/NAME, which is fetched."
+            yield desired.fault("model_missing", variable, model, why, fix)
+
+
 def check_wsl_driver(desired: Desired, survey: Survey) -> Iterator[Finding]:
     """wsl_driver: on WSL the driver is Windows', and a Linux one breaks it."""
     drivers = survey["wsl"]["linux_drivers"]
@@ -369,5 +395,6 @@ HOST_CHECKS = (
     check_disk,
     check_file_systems,
     check_sources,
+    check_model_files,
     check_wsl_driver,
 )

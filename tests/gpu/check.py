@@ -23,6 +23,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -49,6 +50,40 @@ PLAIN = {
     "api_server_port": PORT,
     "api_server_cache_max_entry_count": 0.2,
     "api_server_start_timeout_seconds": 150,
+}
+# What ``parity`` can take back from the unit, to see what costs how much.
+SECCOMP = (
+    "SystemCallFilter=",
+    "SystemCallArchitectures=",
+    "RestrictAddressFamilies=",
+    "RestrictNamespaces=no",
+    "RestrictRealtime=no",
+    "RestrictSUIDSGID=no",
+    "LockPersonality=no",
+    "ProtectHostname=no",
+    "ProtectClock=no",
+    "ProtectKernelModules=no",
+    "ProtectKernelLogs=no",
+    "ProtectKernelTunables=no",
+)
+NETWORK = ("IPAddressDeny=", "IPAddressAllow=")
+DEVICES = ("DevicePolicy=auto", "DeviceAllow=")
+RELAXED = {
+    "no_seccomp": SECCOMP,
+    "no_network_filter": NETWORK,
+    "no_device_filter": DEVICES,
+    "unconfined": (
+        *SECCOMP,
+        *NETWORK,
+        *DEVICES,
+        "PrivateUsers=no",
+        "PrivateTmp=no",
+        "PrivateMounts=no",
+        "ProtectSystem=no",
+        "ProtectHome=no",
+        "ProtectControlGroups=no",
+        "ProtectProc=default",
+    ),
 }
 
 
@@ -538,9 +573,8 @@ class Check:
         expect("good_answer_after_seconds" in found, "the engine did not come back")
 
     def parity(self, found: dict[str, Any]) -> None:
-        """Tokens a second through our unit against the bare server, alternating."""
+        """Tokens a second through our unit against the bare server, taking turns; other sides show what costs what."""
         unit = self.bring_up(found, "text", api_server_tp=1)
-        bare = Engine(PORT, str(MODELS / "text"), "")
         instance = json.loads(self.instance_file().read_text(encoding="utf-8"))
         # The bare server has the same settings, and no name and no key.
         arguments = [*instance["arguments"]]
@@ -549,33 +583,73 @@ class Check:
         command = [str(self.release() / "bin/lmdeploy"), "serve", "api_server", *arguments]
         found["bare_command"] = " ".join(["lmdeploy", *command[1:]])
         found["runs"] = []
+        sides = self.options.sides.split(",")
         for _ in range(self.options.pairs):
-            run("systemctl", "stop", UNIT)
-            environment = {**os.environ, "HOME": str(WORK), "HF_HUB_OFFLINE": "1", "UVICORN_LOG_LEVEL": "warning"}
+            for side in sides:
+                run("systemctl", "stop", UNIT)
+                model = str(MODELS / "text")
+                if side == "bare":
+                    self.measure_process(found, side, command, Engine(PORT, model, ""))
+                elif side == "key":
+                    self.measure_process(found, side, [*command, "--api-keys", unit.key], Engine(PORT, model, unit.key))
+                elif side == "launcher":
+                    launcher = self.instance_file().with_name("launcher.py")
+                    python = str(self.release() / "bin/python")
+                    self.measure_process(found, side, [python, str(launcher)], unit)
+                else:
+                    self.measure_unit(found, side, unit)
+        found["ratio"] = {side: self.ratios(found["runs"], side) for side in sides if side != "bare"}
+        failures = sum(r["failures"] for r in found["runs"])
+        expect(not failures, f"{failures} requests failed")
+        expect(min(found["ratio"]["unit"].values()) >= 0.98, f"the unit is slower: {found['ratio']['unit']}")
+
+    @staticmethod
+    def ratios(runs: list[dict[str, Any]], side: str) -> dict[str, float]:
+        """Return a side's tokens a second as a part of the bare server's, by number of clients."""
+
+        def rate(who: str, clients: int) -> float:
+            return float(sum(r["tokens_per_second"] for r in runs if r["side"] == who and r["clients"] == clients))
+
+        return {str(clients): round(rate(side, clients) / rate("bare", clients), 3) for clients in (1, 16, 64)}
+
+    def measure_process(self, found: dict[str, Any], side: str, command: list[str], engine: Engine) -> None:
+        """Measure an engine that is started here, outside systemd."""
+        with tempfile.TemporaryDirectory() as credentials:
+            shutil.copy(KEY_FILE, Path(credentials, "api-key"))
+            shutil.copy(self.instance_file(), Path(credentials, "instance.json"))
+            environment = {
+                **os.environ,
+                "HOME": str(WORK),
+                "HF_HUB_OFFLINE": "1",
+                "UVICORN_LOG_LEVEL": "warning",
+                "CREDENTIALS_DIRECTORY": credentials,
+            }
             with subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
             ) as process:
                 try:
-                    self.wait_for(bare)
-                    self.measure(found, "bare", bare)
+                    self.wait_for(engine)
+                    self.measure(found, side, engine)
                 finally:
                     process.terminate()
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(20)
                     process.kill()
+
+    def measure_unit(self, found: dict[str, Any], side: str, engine: Engine) -> None:
+        """Measure the unit, with the directives of RELAXED taken back that its side names."""
+        folder = Path(f"/run/systemd/system/{UNIT}.d")
+        if side != "unit":
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "parity.conf").write_text("[Service]\n" + "".join(f"{line}\n" for line in RELAXED[side]))
+        try:
+            run("systemctl", "daemon-reload")
             run("systemctl", "start", UNIT, seconds=300)
-            self.wait_for(unit)
-            self.measure(found, "unit", unit)
-        found["ratio"] = {}
-        for clients in (1, 16, 64):
-            rates = {
-                side: [r["tokens_per_second"] for r in found["runs"] if r["side"] == side and r["clients"] == clients]
-                for side in ("bare", "unit")
-            }
-            found["ratio"][str(clients)] = round(sum(rates["unit"]) / sum(rates["bare"]), 3)
-        failures = sum(r["failures"] for r in found["runs"])
-        expect(not failures, f"{failures} requests failed")
-        expect(min(found["ratio"].values()) >= 0.98, f"the unit is slower: {found['ratio']}")
+            self.wait_for(engine)
+            self.measure(found, side, engine)
+        finally:
+            (folder / "parity.conf").unlink(missing_ok=True)
+            run("systemctl", "daemon-reload")
 
     @staticmethod
     def instance_file() -> Path:
@@ -699,6 +773,11 @@ def main() -> int:
     parser.add_argument("--gguf-package", type=Path, help="folder with the Python package gguf")
     parser.add_argument("--steps", default=",".join(STEPS), help="which steps, separated by commas")
     parser.add_argument("--pairs", type=int, default=3, help="how often bare server and unit are measured")
+    parser.add_argument(
+        "--sides",
+        default="bare,unit",
+        help=f"what parity measures in turns: bare, key, launcher, unit, {', '.join(RELAXED)}",
+    )
     parser.add_argument("--load-seconds", type=float, default=6.0, help="seconds for each measurement")
     options = parser.parse_args()
     if os.geteuid() != 0:

@@ -189,7 +189,7 @@ def test_a_fault_is_found_alone_and_explained(
 def test_every_check_is_seen_to_fire() -> None:
     from test_preflight_gpu import FAULTS as GPU_FAULTS
 
-    elsewhere = {"disk", "mirror"} | MADE_BY_THE_PLUGIN
+    elsewhere = {"disk", "mirror", "model_missing"} | MADE_BY_THE_PLUGIN
     assert {case[0] for case in FAULTS} | {case[0] for case in GPU_FAULTS} | elsewhere == set(CHECKS)
 
 
@@ -351,6 +351,20 @@ def test_offline_a_model_must_come_from_somewhere() -> None:
     assert "model_weights_source_dir" in finding.fix
     assert checks(wish(mirrors_offline=True, model_weights_source_dir="/media/usb"), host()) == set()
     assert checks(wish(mirrors_offline=True, mirrors_hf_endpoint="http://hub:8000"), host()) == set()
+
+
+def test_a_model_that_is_a_path_must_be_there() -> None:
+    sizes = ("weight_bytes", "layers", "heads", "kv_heads", "head_dim", "max_session")
+    nothing = {"exists": False, **dict.fromkeys(sizes, 0)}
+    survey = host(gpu=hosts.NO_CARD, models={"/var/lib/models/small.gguf": nothing, "/srv/m.gguf": nothing})
+    finding = the("model_missing", wish("llama_cpp", api_server_model="/srv/m.gguf"), survey)
+    assert (finding.variable, finding.value) == ("api_server_model", "/srv/m.gguf")
+    assert "Nothing is at /srv/m.gguf" in finding.message
+    brought = {"package": "llm-small", "version": "1", "sha256": "0" * 64, "member": "llm_small/small.gguf"}
+    for model in ("/var/lib/models/small.gguf", "small.gguf"):
+        assert "model_missing" in checks(wish("llama_cpp", api_server_model=model), survey)
+        given = wish("llama_cpp", api_server_model=model, model_weights_packages=[brought])
+        assert "model_missing" not in checks(given, survey)
 
 
 # What the host is asked
