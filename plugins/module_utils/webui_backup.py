@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
@@ -50,6 +51,8 @@ SQLITE_HEADER = b"SQLite format 3\0"
 SQLITE_COMPANIONS = ("-wal", "-shm", "-journal")
 # Models that Open WebUI fetched and can fetch again; a restore keeps those that are there.
 FETCHED = ("cache/embedding/models", "cache/whisper/models")
+# How long a database may be too busy to be copied.
+PATIENCE_SECONDS = 60.0
 # What a restore makes in the data folder, so that everything is moved within one file system.
 NEW, OLD, COMPLETE = ".restore-new", ".restore-old", ".complete"
 ASIDE = ".before-restore"
@@ -174,26 +177,20 @@ def database_url(settings: Settings) -> str:
 # A database
 
 
-def copy_database(source: Path, target: Path) -> None:
+def copy_database(source: Path, target: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
     """Copy a database that may be written to meanwhile, and have SQLite judge the copy.
 
     Nothing is written beside the source, not even a lock file. Raises BackupError where the copy is not whole.
     """
-    try:
-        if can_be_read_live(source):
-            with (
-                contextlib.closing(sqlite3.connect(f"{source.as_uri()}?mode=ro&readonly_shm=1", uri=True)) as live,
-                contextlib.closing(sqlite3.connect(target)) as copy,
-            ):
-                live.backup(copy)
-        else:
-            copy_resting(source, target)
-    except sqlite3.OperationalError:
-        # A process that ended left the index of its log, and only a writer could mend it.
+    until = time.monotonic() + patience_seconds
+    # Between two of its writers a database has a log or none: what failed a moment ago may go now.
+    while fault := copy_live(source, target):
         target.unlink(missing_ok=True)
-        copy_resting(source, target)
-    except sqlite3.DatabaseError as fault:
-        raise BackupError(f"The database {source} is damaged: {fault}") from None
+        if copy_resting(source, target):
+            break
+        if time.monotonic() > until:
+            raise BackupError(f"{source} changes while it is copied, and SQLite can't open it: {fault}")
+        time.sleep(0.1)
     try:
         with contextlib.closing(sqlite3.connect(target)) as copy:
             # One file, without a log beside it.
@@ -203,24 +200,44 @@ def copy_database(source: Path, target: Path) -> None:
     judge_database(target, str(source))
 
 
-def can_be_read_live(source: Path) -> bool:
-    """Tell whether a reader leaves no trace: a database with a log needs its log and the index, or makes them."""
+def copy_live(source: Path, target: Path) -> str:
+    """Copy a database through SQLite; return why that can't be done now, or nothing."""
     with source.open("rb") as file:
         has_log = file.read(20)[18:] == b"\2\2"
-    return not has_log or all(Path(f"{source}{ending}").exists() for ending in ("-wal", "-shm"))
+    # A reader leaves no trace: a database with a log needs its log and the index, or makes them.
+    if has_log and not all(Path(f"{source}{ending}").exists() for ending in ("-wal", "-shm")):
+        return "it has no log"
+    try:
+        with (
+            contextlib.closing(sqlite3.connect(f"{source.as_uri()}?mode=ro&readonly_shm=1", uri=True)) as live,
+            contextlib.closing(sqlite3.connect(target)) as copy,
+        ):
+            live.backup(copy)
+    except sqlite3.OperationalError as fault:
+        # A process that ended left the index of its log, and only a writer could mend it.
+        return str(fault)
+    except sqlite3.DatabaseError as fault:
+        raise BackupError(f"The database {source} is damaged: {fault}") from None
+    return ""
 
 
-def copy_resting(source: Path, target: Path) -> None:
-    """Copy a database that no process has open together with the log that a crash left."""
-    log = Path(f"{source}-wal")
-    for _ in range(3):
-        before = [(path.stat().st_size, path.stat().st_mtime_ns) for path in (source, log) if path.exists()]
+def copy_resting(source: Path, target: Path) -> bool:
+    """Copy a database with the log that a crash left; tell whether nobody wrote meanwhile, else there is no copy."""
+    log, copied_log = Path(f"{source}-wal"), Path(f"{target}-wal")
+
+    def state() -> list[tuple[int, int]]:
+        return [(path.stat().st_size, path.stat().st_mtime_ns) for path in (source, log) if path.exists()]
+
+    with contextlib.suppress(FileNotFoundError):
+        before = state()
         shutil.copyfile(source, target)
         if log.exists():
-            shutil.copyfile(log, f"{target}-wal")
-        if before == [(path.stat().st_size, path.stat().st_mtime_ns) for path in (source, log) if path.exists()]:
-            return
-    raise BackupError(f"{source} changes while it is copied, and SQLite can't open it: see whether its disk is well")
+            shutil.copyfile(log, copied_log)
+        if before == state():
+            return True
+    target.unlink(missing_ok=True)
+    copied_log.unlink(missing_ok=True)
+    return False
 
 
 def judge_database(path: Path, shown: str) -> None:

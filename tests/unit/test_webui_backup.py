@@ -115,6 +115,34 @@ def test_a_copy_is_consistent_while_others_write(place: Settings) -> None:
         webui_backup.settle(place)
 
 
+def test_a_program_that_opens_and_closes_the_database_all_the_time_is_waited_for(
+    place: Settings, tmp_path: Path
+) -> None:
+    # Its last one to close removes the log, so that a reader finds one and then none.
+    code = (
+        "import itertools, sqlite3, sys, time\n"
+        "for number in itertools.count(2):\n"
+        "    base = sqlite3.connect(sys.argv[1], timeout=30)\n"
+        "    base.execute('PRAGMA journal_mode=WAL')\n"
+        "    base.execute('INSERT INTO chat VALUES (?, zeroblob(5000))', (number,))\n"
+        "    base.commit()\n"
+        "    base.close()\n"
+        "    time.sleep(0.002)\n"
+    )
+    source = Path(place.data_dir, "webui.db")
+    with contextlib.closing(sqlite3.connect(source)) as base:
+        base.execute("INSERT INTO chat VALUES (0, zeroblob(8000000))")
+        base.commit()
+    writers = [subprocess.Popen([sys.executable, "-c", code.replace("(2)", f"({n})"), source]) for n in (10, 10**6)]
+    try:
+        for number in range(25):
+            webui_backup.copy_database(source, tmp_path / f"{number}.db")
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+
+
 def test_what_a_crash_left_in_the_log_is_saved(place: Settings) -> None:
     code = (
         "import os, sqlite3, sys; base = sqlite3.connect(sys.argv[1]); "
