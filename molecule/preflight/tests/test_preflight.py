@@ -76,7 +76,13 @@ CASES = [
         {"memory"},
         ("InternVL3-14B-Instruct", "27.9 GiB", "24.0 GiB", "AWQ"),
     ),
-    Case("ram", {"api_server_model": "/var/lib/models/Big-9000B.Q8_0.gguf"}, {"memory"}, ("Big-9000B", "free for it")),
+    Case("no model", {"api_server_model": "/srv/m-1B.Q8_0.gguf"}, {"model_missing"}, ("Nothing is at /srv/m-1B",)),
+    Case(
+        "ram",
+        {"api_server_model": "/srv/Big-9000B.Q8_0.gguf"},
+        {"memory", "model_missing"},
+        ("Big-9000B", "free for it"),
+    ),
     Case("disk", {"miniconda_prefix": "/dev/shm/conda"}, {"disk"}, ("miniconda_prefix", "/dev/shm", "are free")),
     Case(
         "chat-template",
