@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from tree import Tree
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +101,24 @@ def test_no_proof_is_left_over() -> None:
     ]
     unused = [row for row in RUN if not any(f"{command} ".startswith(f"{row} ") for command in everywhere)]
     assert not unused
+
+
+def keys_of(value: Any) -> Iterator[str]:
+    """Yield every key of a parsed block."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+        yield from keys_of(inner)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_examples_of_a_page_are_yaml_with_known_variables(name: str) -> None:
+    """What a reader copies into an inventory is read, and means something."""
+    roles = TREE.roles()
+    known = {option for role in roles for option in TREE.options(role)}
+    for block in re.findall(r"^ *```yaml\n(.*?)^ *```$", TREE.text(name), re.MULTILINE | re.DOTALL):
+        for key in keys_of(yaml.safe_load(block)):
+            assert key in known or not key.startswith(tuple(f"{role}_" for role in roles)), f"{key} is no variable"
 
 
 @pytest.mark.parametrize(
