@@ -88,7 +88,7 @@ def parse_lock(text: str) -> list[Requirement]:
                 faults.append(f"line {number}: {line.split()[0]} points to something that is not in the lock")
             continue
         words = [word for word in line.split() if not word.startswith("--hash=")]
-        requirement, _, marker = " ".join(words).partition(";")
+        requirement, _semicolon, marker = " ".join(words).partition(";")
         match = REQUIREMENT.fullmatch(requirement.strip())
         if match is None:
             faults.append(f"line {number}: {requirement.strip()} is not pinned to one version with ==")
@@ -110,7 +110,7 @@ def lock_python(text: str) -> str | None:
 
 def release_id(lock: str, python_version: str) -> str:
     """Return a release's id: 12 hexadecimal digits over Python version and lock, whose comments do not count."""
-    content = [FORMAT, python_version, [line for _, line in logical_lines(lock)]]
+    content = [FORMAT, python_version, [line for _number, line in logical_lines(lock)]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
@@ -122,7 +122,7 @@ def canonical_name(name: str) -> str:
 def canonical_version(version: str) -> tuple[tuple[int | str, ...], str]:
     """Reduce a version to what counts, so that 2024.07, 2024.7 and 2024.7.0 compare equal."""
     aliases = {"alpha": "a", "beta": "b", "c": "rc", "pre": "rc", "preview": "rc", "rev": "post", "r": "post"}
-    public, _, local = version.lower().removeprefix("v").partition("+")
+    public, _plus, local = version.lower().removeprefix("v").partition("+")
     epoch, bang, rest = public.rpartition("!")
     parts: list[int | str] = [
         int(part) if part.isdigit() else aliases.get(part, part) for part in re.findall(r"[0-9]+|[a-z]+", rest)
@@ -237,7 +237,7 @@ def surplus(home: Path, current: Path, used: Collection[Path], kept: int) -> lis
             rubbish.append(folder)
         else:
             whole.append((str(marker["created"]), folder))
-    old = [folder for _, folder in sorted(whole, reverse=True)[max(kept - 1, 0) :]]
+    old = [folder for _age, folder in sorted(whole, reverse=True)[max(kept - 1, 0) :]]
     return [folder for folder in sorted([*rubbish, *old]) if folder not in used]
 
 
@@ -253,7 +253,7 @@ def folders_in_use(home: Path, proc: Path = Path("/proc")) -> dict[Path, list[in
                 # It ended meanwhile, or is the kernel's.
                 continue
             if target.startswith(prefix):
-                folder = home / target[len(prefix) :].split("/")[0]
+                folder = home / target[len(prefix) :].split("/", 1)[0]
                 found.setdefault(folder, []).append(int(process.name))
     return {folder: sorted(set(pids)) for folder, pids in found.items()}
 

@@ -441,7 +441,7 @@ class Releases:
             return ""
         settings, place = read_json(file), f"{self.home}/{TOKEN}"
         unit = unit.replace(f":{file}", f":{place}/instance.json").replace(str(OLD_LAUNCHER), f"{place}/launcher.py")
-        head, _, rest = unit.partition("\n")
+        head, _newline, rest = unit.partition("\n")
         about = {
             "engine": settings.get("engine", ""),
             "environment": settings.get("release", ""),
@@ -459,7 +459,7 @@ class Releases:
         """Have the key that was given, else one that is there, else a new one."""
         present = read(self.key_file)
         letters = string.ascii_letters + string.digits
-        wanted = f"{key}\n" if key else present or "".join(secrets.choice(letters) for _ in range(KEY_LETTERS)) + "\n"
+        wanted = f"{key}\n" if key else present or "".join(secrets.choice(letters) for _at in range(KEY_LETTERS)) + "\n"
         if wanted != present:
             write(self.key_file, wanted, 0o600)
 

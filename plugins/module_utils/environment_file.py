@@ -54,7 +54,7 @@ def parse(content: str) -> dict[str, str]:
     values: dict[str, str] = {}
     position = 0
     while position < len(content):
-        name, separator, _ = content[position:].partition('="')
+        name, separator, _rest = content[position:].partition('="')
         if not separator or NAME.match(name) is None:
             # A comment, an empty line, or somebody else's syntax.
             newline = content.find("\n", position)

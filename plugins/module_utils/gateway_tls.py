@@ -129,7 +129,7 @@ def names_of(certificate: str) -> set[str]:
     shown = openssl("x509", "-noout", "-ext", "subjectAltName", data=certificate)
     found = set()
     for word in shown.replace("\n", ",").split(","):
-        kind, _, value = word.strip().partition(":")
+        kind, _colon, value = word.strip().partition(":")
         if kind == "DNS":
             found.add(value)
         elif kind == "IP Address":

@@ -284,18 +284,17 @@ class Folder:
     def __init__(self, model: str, revision: str, folder: Path) -> None:
         """Find the model's own folder below ``folder``, as ORG--NAME or ORG/NAME."""
         places = [folder / model.replace("/", "--"), folder / model]
-        self.place = next((place for place in places if place.is_dir()), None)
-        if self.place is None:
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None:
             raise StoreError(
                 f"model_weights_source_dir has no folder {places[0]} for the model {model}: put the model's files "
                 "there, or leave model_weights_source_dir empty to ask the hub."
             )
-        self.model, self.revision = model, revision
+        self.place, self.model, self.revision = found, model, revision
         self.marker = read_marker(self.place) or {"source": {}, "files": []}
 
     def resolve(self) -> tuple[str, list[Remote]]:
         """List the folder; a snapshot of another host tells its commit and checksums, other folders have none."""
-        assert self.place is not None  # noqa: S101 -- the constructor made sure
         source = self.marker["source"]
         known = [source.get("commit"), *source.get("revisions", [])]
         if source and self.revision and self.revision not in known:
@@ -317,7 +316,6 @@ class Folder:
 
     def fetch(self, commit: str, remote: Remote, work: Path) -> None:
         """Copy one file into ``work``."""
-        assert self.place is not None  # noqa: S101 -- the constructor made sure
         part = part_of(remote, work)
         shutil.copyfile(self.place / remote.path, part)
         finish(part, remote, work)

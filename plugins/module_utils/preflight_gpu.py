@@ -184,7 +184,8 @@ def check_idle_cards(desired: Desired, survey: Survey) -> Iterator[Finding]:
     idle = idle_cards(wanted, dealt, gpu, wsl=survey["wsl"]["is_wsl"])
     if not idle:
         return
-    instance = next(each for each, want in zip(desired.instances, wanted, strict=True) if not want.gpus and not want.tp)
+    pairs = zip(desired.instances, wanted, strict=True)
+    instance = next((each for each, want in pairs if not want.gpus and not want.tp), desired.instances[0])
     variable, value = _asked(instance)
     reasons: dict[str, list[str]] = {}
     for card in idle:

@@ -480,7 +480,7 @@ def check_rules_of_roles(desired: Desired, found: list[Finding]) -> Iterator[Fin
         if any(variable in sentence for variable in blamed):
             continue
         variable = re.split(r"[ :]", sentence, maxsplit=1)[0]
-        why, _, fix = sentence.partition(": ")
+        why, _colon, fix = sentence.partition(": ")
         fix = fix or f"correct {variable}"
         value = values.get(variable, "(set)")
         yield desired.fault("role_rule", variable, value, f"{why}.", f"{fix[0].upper()}{fix[1:]}.")

@@ -371,9 +371,9 @@ def create(settings: Settings, reason: str, *, plain_kept: bool = False) -> dict
         return {"archive": "", "plain": "", "removed": [], "manifest": {}}
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with alone(folder), disk_faults(folder, kept):
-        bytes_wanted = sum(path.stat().st_size for _, path in data_files(data) if path.exists())
+        bytes_wanted = sum(path.stat().st_size for _name, path in data_files(data) if path.exists())
         # Twice: the copy of the databases, and an encrypted archive beside the plain one.
-        database_bytes = sum(path.stat().st_size for _, path in data_files(data) if is_database(path))
+        database_bytes = sum(path.stat().st_size for _name, path in data_files(data) if is_database(path))
         refuse_small_disk(folder, bytes_wanted * (2 if settings.recipient else 1) + database_bytes, kept)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
             new, manifest = write_archive(settings, reason, Path(scratch))
@@ -609,7 +609,7 @@ def check(
 
 def refuse_newer(settings: Settings, manifest: dict[str, Any]) -> None:
     """Raise BackupError where the data are of a later Open WebUI than the one that would read them."""
-    version, _ = installed(settings.prefix)
+    version, _release = installed(settings.prefix)
     if not version:
         raise BackupError(f"{settings.prefix} holds no Open WebUI: run site.yml on this host first")
     if version_key(manifest["version"]) > version_key(version):
@@ -721,7 +721,7 @@ def keep_fetched(data: Path, new: Path) -> None:
 def own(folder: Path, user: str) -> None:
     """Give a tree to the service's user, for it alone."""
     entry = pwd.getpwnam(user) if user else None
-    for top, _, names in os.walk(folder):
+    for top, _folders, names in os.walk(folder):
         for path in (Path(top), *(Path(top, name) for name in names)):
             if path.is_symlink():
                 # Only what was fetched has links, and what they lead to lies there too.

@@ -104,7 +104,7 @@ def main() -> None:
             "api_key_file": {"type": "path", "default": "", "no_log": False},
             "question": {"type": "str", "default": "What is the capital of France? Answer in one sentence."},
             "expected": {"type": "str", "default": ""},
-            "max_tokens": {"type": "int", "default": 64},
+            "max_tokens": {"type": "int", "default": 64, "no_log": False},
             "timeout_seconds": {"type": "float", "default": 120.0},
         },
         supports_check_mode=True,

@@ -489,7 +489,7 @@ class Environment:
             pass_fds=[self.lock_descriptor] if self.lock_descriptor is not None else [],
         ) as process:
             try:
-                output, _ = process.communicate(timeout=self.deadline_seconds)
+                output, _errors = process.communicate(timeout=self.deadline_seconds)
             except BaseException as error:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

@@ -312,7 +312,7 @@ class Installation:
             start_new_session=True,
         ) as process:
             try:
-                output, _ = process.communicate(timeout=self.timeout_seconds)
+                output, _errors = process.communicate(timeout=self.timeout_seconds)
             except BaseException as error:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

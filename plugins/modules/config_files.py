@@ -154,7 +154,7 @@ def wanted_content(entry: dict[str, Any], current: str | None) -> str:
     if current:
         return current
     letters = string.ascii_letters + string.digits
-    return "".join(secrets.choice(letters) for _ in range(entry["generated"])) + "\n"
+    return "".join(secrets.choice(letters) for _position in range(entry["generated"])) + "\n"
 
 
 def judge(entry: dict[str, Any], copies: dict[str, Path]) -> str:
@@ -187,7 +187,7 @@ def judge_all(changes: list[tuple[dict[str, Any], str | None, str]]) -> None:
     """Have every new content judged by the program that reads it; raise Refused with all that was refused."""
     with tempfile.TemporaryDirectory(prefix="config_files.") as top:
         copies = {}
-        for number, (entry, _, content) in enumerate(changes):
+        for number, (entry, _current, content) in enumerate(changes):
             copy = Path(top, str(number), Path(entry["path"]).name)
             copy.parent.mkdir()
             copy.write_text(content, encoding="utf-8")

@@ -135,7 +135,7 @@ def wanted_keys(keys: list[str], step: str, given: str) -> list[str]:
     if len(keys) > 1:
         return keys
     letters = string.ascii_letters + string.digits
-    return ["".join(secrets.choice(letters) for _ in range(KEY_CHARACTERS)), *keys]
+    return ["".join(secrets.choice(letters) for _position in range(KEY_CHARACTERS)), *keys]
 
 
 def answer(engine: Engine, key: str) -> int:
@@ -151,11 +151,11 @@ def prove(engine: Engine, valid: list[str], gone: list[str]) -> None:
     wanted = [*((key, http.client.OK) for key in valid), *((key, http.client.UNAUTHORIZED) for key in gone)]
     limit = time.monotonic() + PROOF_SECONDS
     while True:
-        answers = [answer(engine, key) for key, _ in wanted]
-        if answers == [status for _, status in wanted]:
+        answers = [answer(engine, key) for key, _status in wanted]
+        if answers == [status for _key, status in wanted]:
             return
         if time.monotonic() > limit:
-            expected = ", ".join(str(int(status)) for _, status in wanted)
+            expected = ", ".join(str(int(status)) for _key, status in wanted)
             said = ", ".join(map(str, answers))
             raise KeyFault(
                 f"{engine.unit} at {engine.url} answers its keys, the new one first, with {said}, not {expected}"

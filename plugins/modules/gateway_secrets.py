@@ -135,7 +135,7 @@ def api_keys(params: dict[str, Any], changes: list[str]) -> dict[str, str]:
     if not keys:
         found = (read(Path(params["dir"], "private/api-key")) or "").strip()
         letters = string.ascii_letters + string.digits
-        keys = [{"name": "default", "key": found or "".join(secrets.choice(letters) for _ in range(KEY_LETTERS))}]
+        keys = [{"name": "default", "key": found or "".join(secrets.choice(letters) for _at in range(KEY_LETTERS))}]
     text = digests(keys)
     if text != read(Path(params["dir"], "keys.map")):
         changes.append(f"keys: {', '.join(entry['name'] for entry in keys)}")

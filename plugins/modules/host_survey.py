@@ -201,7 +201,7 @@ def survey_environment(path: str, packages: Iterable[str]) -> facts.EnvironmentF
     for name in packages:
         spelled = re.sub(r"[-_.]+", "_", name).lower()
         for folder in Path(path).glob("lib/python3*/site-packages/*.dist-info"):
-            own, _, version = folder.name.removesuffix(".dist-info").rpartition("-")
+            own, _dash, version = folder.name.removesuffix(".dist-info").rpartition("-")
             if re.sub(r"[-_.]+", "_", own).lower() == spelled:
                 found[name] = version
     return {"exists": Path(path).is_dir(), "packages": found}

@@ -427,7 +427,7 @@ class Fetcher:
                     results.put(error)
                     return
 
-        for _ in range(max(1, min(int(self.model.params["workers"]), len(files)))):
+        for _worker in range(max(1, min(int(self.model.params["workers"]), len(files)))):
             # Daemons: after a fault nobody waits for the gigabytes still on their way; a next run goes on with them.
             threading.Thread(target=worker, name="fetch", daemon=True).start()
         entries: list[dict[str, Any]] = []

@@ -136,6 +136,21 @@ def documented_variables_exist(tree: Tree) -> Iterator[str]:
                 yield f"{name} names {word}, which no role has"
 
 
+def dependencies_are_told(tree: Tree) -> Iterator[str]:
+    """A package that we ask for stands in docs/en/dependencies.md; what Open WebUI asks for is its own affair."""
+    told = tree.text("docs/en/dependencies.md").lower() if "docs/en/dependencies.md" in tree.names else ""
+    for name in tree.match("requirements/*.in", "roles/*/files/locks/*.in"):
+        if name.startswith("roles/open_webui/"):
+            continue
+        for line in tree.text(name).splitlines():
+            package = re.match(r"[A-Za-z0-9][\w.-]*", line)
+            # Types of a package go with the package.
+            if package and not re.search(
+                rf"(?<![\w-]){re.escape(package[0].lower().removeprefix('types-'))}(?![\w-])", told
+            ):
+                yield f"{name} asks for {package[0]}, which docs/en/dependencies.md does not tell"
+
+
 def scenarios_have_checks(tree: Tree) -> Iterator[str]:
     """A molecule scenario has tests: an empty folder would pass."""
     for path in tree.match("molecule/*/molecule.yml"):

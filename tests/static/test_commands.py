@@ -44,36 +44,56 @@ def test_settings_are_current() -> None:
     assert "[DEPRECATION" not in done.stdout + done.stderr, done.stderr
 
 
-def test_built_collection_runs_outside_the_checkout(tmp_path: Path) -> None:
-    """The archive holds nothing of tests or labs, and its playbooks and roles are found by their full names."""
-    run("ansible-galaxy", "collection", "build", "--output-path", str(tmp_path))
-    (archive,) = tmp_path.glob("selfhost-lmdeploy-*.tar.gz")
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that holds the built archive and, as the only collection there, what it installs."""
+    folder = tmp_path_factory.mktemp("collections")
+    run("ansible-galaxy", "collection", "build", "--output-path", str(folder))
+    (archive,) = folder.glob("selfhost-lmdeploy-*.tar.gz")
+    install = ("ansible-galaxy", "collection", "install", "--offline", "--collections-path", str(folder), str(archive))
+    run(*install, folder=folder, environment=_outside(folder))
+    return folder
+
+
+def _outside(folder: Path) -> dict[str, str]:
+    """Return an environment away from the checkout and its settings, so that nothing of it is found by chance."""
+    return {"ANSIBLE_COLLECTIONS_PATH": str(folder), "ANSIBLE_CONFIG": str(folder / "none.cfg")}
+
+
+def test_archive_holds_nothing_of_tests_and_labs(installed: Path) -> None:
+    """Users install what they run, and nothing beside it."""
+    (archive,) = installed.glob("selfhost-lmdeploy-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = tar.getnames()
     foreign = (".", "tests", "molecule", "script", "requirements/", "inventories/lab", "ansible.cfg", "artifacts")
     assert not [name for name in names if name.startswith(foreign)]
-    # Away from the checkout and its settings, so that nothing of it is found by chance.
-    outside = {"ANSIBLE_COLLECTIONS_PATH": str(tmp_path), "ANSIBLE_CONFIG": str(tmp_path / "none.cfg")}
-    install = (
-        "ansible-galaxy",
-        "collection",
-        "install",
-        "--offline",
-        "--collections-path",
-        str(tmp_path),
-        str(archive),
-    )
-    run(*install, folder=tmp_path, environment=outside)
-    inventory = str(ROOT / "inventories/single-gpu")
-    run(
-        "ansible-playbook",
-        "--syntax-check",
-        "-i",
-        inventory,
-        "selfhost.lmdeploy.site",
-        folder=tmp_path,
-        environment=outside,
-    )
+
+
+@pytest.mark.parametrize("name", [Path(n).stem for n in TREE.match("playbooks/*.yml")])
+def test_playbook_runs_by_its_full_name_outside_the_checkout(name: str, installed: Path, tmp_path: Path) -> None:
+    """Every playbook finds its roles, tasks, plugins and files in an installed collection, from any folder."""
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text((ROOT / "inventories/single-gpu/hosts.yml").read_text(encoding="utf-8"), encoding="utf-8")
+    command = ("ansible-playbook", "--list-tasks", "-i", str(inventory), f"selfhost.lmdeploy.{name}")
+    done = run(*command, folder=tmp_path, environment=_outside(installed))
+    assert "TAGS:" in done.stdout
+    assert "WARNING" not in done.stdout + done.stderr, done.stderr
+    # What the playbook itself names by a path must be in the archive too, or be asked for first.
+    text = TREE.text(f"playbooks/{name}.yml")
+    for path in re.findall(r"(?:playbook_dir \}\}|__\w+_root ~ '|__\w+_root \}\})/(?:\.\./)*([\w./-]+)", text):
+        there = (installed / "ansible_collections/selfhost/lmdeploy" / path.rstrip("/")).exists()
+        assert there or f"/{path}') is file" in text or path.startswith("artifacts/"), path
+
+
+def test_execution_environment_is_understood(installed: Path, tmp_path: Path) -> None:
+    """ansible-builder makes the context of the container from the definition and the archive of this version."""
+    (archive,) = installed.glob("selfhost-lmdeploy-*.tar.gz")
+    (tmp_path / archive.name).write_bytes(archive.read_bytes())
+    (tmp_path / "execution-environment.yml").write_text(TREE.text("execution-environment.yml"), encoding="utf-8")
+    run("ansible-builder", "create", folder=tmp_path)
+    wanted = yaml.safe_load((tmp_path / "context/_build/requirements.yml").read_text(encoding="utf-8"))["collections"]
+    assert wanted == [{"name": f"/build/collection/{archive.name}", "type": "file"}]
+    assert (tmp_path / "context/_build/collection" / archive.name).is_file()
 
 
 @pytest.mark.parametrize("kind", sorted(PLUGIN_KINDS))

@@ -139,6 +139,9 @@ BAD: dict[str, list[tuple[dict[str, str], str]]] = {
         ({"README.md": "`r_y: 1`", SPECS: spec("r_x: {type: int}")}, "r_y"),
         ({"inventories/a/hosts.yml": "r_y: 1", SPECS: spec("r_x: {type: int}")}, "r_y"),
     ],
+    "dependencies_are_told": [
+        ({"requirements/a.in": "# Why.\nflask>=3\n", "docs/en/dependencies.md": "[flask-x](y)"}, "asks for flask"),
+    ],
     "scenarios_have_checks": [
         ({"molecule/a/molecule.yml": "{}"}, "molecule/a"),
         ({"molecule/a/molecule.yml": "{}", "molecule/a/tests/test_a.py": "x = 1"}, "molecule/a"),

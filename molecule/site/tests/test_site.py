@@ -91,6 +91,30 @@ def test_status_tells_machines_what_runs(tmp_path: Path) -> None:
     assert all(service["healthy"] and service["enabled"] for service in services), services
     assert by_unit["open-webui.service"]["version"] == "0.12.4"
     assert MODEL in by_unit["api-server.service"]["gate"]
+    assert '"unit": "api-server.service"' in verb("status", status_format="json").replace("\\", "")
+
+
+def test_an_installed_collection_finds_the_host_as_the_checkout_left_it(tmp_path: Path) -> None:
+    """By their full names, from another folder, without the checkout's settings: same roles, same state, no change."""
+    environment = {
+        **os.environ,
+        "ANSIBLE_COLLECTIONS_PATH": str(tmp_path),
+        "ANSIBLE_CONFIG": str(tmp_path / "none.cfg"),
+        "ANSIBLE_FORCE_COLOR": "0",
+    }
+
+    def run(*command: str, folder: Path = tmp_path) -> str:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    run("ansible-galaxy", "collection", "build", "--output-path", str(tmp_path), folder=ROOT)
+    (archive,) = tmp_path.glob("selfhost-lmdeploy-*.tar.gz")
+    run("ansible-galaxy", "collection", "install", "--offline", "-p", str(tmp_path), str(archive))
+    inventories = [word for path in INVENTORIES for word in ("-i", str(ROOT / path))]
+    output = run("ansible-playbook", *inventories, "selfhost.lmdeploy.site")
+    assert recap(output, "changed") == 0, output
+    assert "through Open WebUI" in run("ansible-playbook", *inventories, "selfhost.lmdeploy.smoke")
 
 
 @pytest.mark.parametrize("tag", ["model_weights", "api_server", "open_webui"])

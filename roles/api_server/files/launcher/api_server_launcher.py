@@ -223,7 +223,7 @@ class Client:
             return None
         values = [line.rsplit(" ", 1) for line in lines if re.split(r"[{ ]", line, maxsplit=1)[0] in PROGRESS_COUNTERS]
         with contextlib.suppress(ValueError):
-            return sum(float(value) for _, value in values) if values else None
+            return sum(float(value) for _labels, value in values) if values else None
         return None
 
 
@@ -465,7 +465,7 @@ def parse_all(instance: Instance) -> tuple[argparse.Namespace | None, list[dict[
     flags = flags_of(part)
     errors: list[dict[str, Any]] = []
     arguments = list(instance.arguments)
-    for _ in range(len(arguments) + 1):
+    for _turn in range(len(arguments) + 1):
         try:
             return top.parse_args(["serve", "api_server", *arguments]), errors
         except ParserRefusal as refusal:
@@ -601,7 +601,7 @@ def llama_parameters(instance: Instance) -> tuple[Any, list[dict[str, Any]]]:
     parameters = importlib.import_module("xllamacpp").CommonParams()
     errors: list[dict[str, Any]] = []
     for argument in instance.arguments:
-        path, _, text = argument.partition("=")
+        path, _equals, text = argument.partition("=")
         *parents, last = path.split(".")
         holder = functools.reduce(lambda place, name: getattr(place, name, None), parents, parameters)
         if not hasattr(holder, last):
