@@ -51,7 +51,8 @@ OPTIONS = {"-i": 1, "-K": 0, "--limit": 1, "--tags": 1, "--check": 0, "--diff": 
 
 def commands(text: str) -> list[str]:
     """Return the command lines of a page's blocks, without those that say what they need."""
-    lines = [line.strip() for _kind, block in BLOCK.findall(text) for line in block.splitlines()]
+    blocks = [re.sub(r" *\\\n *", " ", block) for _kind, block in BLOCK.findall(text)]
+    lines = [line.strip().removesuffix(" &") for block in blocks for line in block.splitlines()]
     marked = [line for line in lines if line and not line.startswith("#") and not MARK.search(line)]
     return [part.strip() for line in marked for part in re.sub(r"\s+#\s.*", "", line).split(" && ")]
 
@@ -71,9 +72,10 @@ def unproven(command: str, tree: Tree, text: str) -> str:
         rest = iter(words[2:])
         for word in rest:
             if word == "-e":
-                variable = next(rest).partition("=")[0]
-                if variable not in text:
-                    return f"{name} with {variable}"
+                given = next(rest)
+                for variable in re.findall(r"(\w+)\W*:", given) if given[0] == "{" else [given.partition("=")[0]]:
+                    if variable not in text:
+                        return f"{name} with {variable}"
             elif word in OPTIONS:
                 _given = [next(rest) for _argument in range(OPTIONS[word])]
             else:
