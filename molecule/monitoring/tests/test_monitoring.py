@@ -157,7 +157,8 @@ def playbook(name: str, **variables: object) -> str:
 
 
 def test_drift_is_told(host: Any, tmp_path: Path) -> None:
-    task = {"ansible.builtin.file": {"path": "/root/drifted", "state": "directory", "mode": "0700"}}
+    # A module of the collection: the run inside is to find what this one finds.
+    task = {"selfhost.lmdeploy.config_files": {"files": [{"path": "/root/drifted", "content": "x"}]}}
     play = {"hosts": "mol-monitoring", "gather_facts": False, "tasks": [task, task]}
     (tmp_path / "site.yml").write_text(json.dumps([play]))
     playbook("drift.yml", drift_playbook=str(tmp_path / "site.yml"))
