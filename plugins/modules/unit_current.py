@@ -14,6 +14,7 @@ author:
 description:
   - Starts a unit that is not active, and restarts one whose process is older than a file it was started from. So a
     change is applied even when the run that wrote it was interrupted before its handlers, which a handler can't do.
+  - Has systemd read changed files of the unit, and of the units that a timer, socket or path unit starts.
   - Waits until systemd calls the unit active. What that means is the unit's own word (C(Type=), C(ExecStartPost=)).
   - A start that fails ends with the state of the unit and the last lines of its journal.
 options:
@@ -105,6 +106,7 @@ PROPERTIES = (
     "NeedDaemonReload",
     "FragmentPath",
     "DropInPaths",
+    "Triggers",
 )
 STARTED_AT = "ExecMainStartTimestamp"
 # A start changes the state of a unit, and so does a reload.
@@ -160,7 +162,7 @@ def unseen_drop_in(files: list[str], shown: dict[str, str]) -> bool:
 
 def plan(params: dict[str, Any], shown: dict[str, str]) -> tuple[list[str], str]:
     """Return what to do, in order, and why a running unit must restart."""
-    actions = []
+    actions: list[str] = []
     missing = shown.get("LoadState") == "not-found"
     if shown.get("NeedDaemonReload") == "yes" or unseen_drop_in(params["files"], shown):
         actions.append("daemon-reload")
@@ -220,6 +222,8 @@ def act(name: str, action: str) -> None:
 def journal(name: str, lines: int) -> str:
     """Return the end of the unit's journal, or why it can't be read."""
     try:
+        # What a process said last may still be on its way.
+        run("journalctl", "--sync")
         return run("journalctl", "--unit", name, "--lines", str(lines), "--no-pager", "--output", "cat").strip()
     except (UnitError, OSError) as fault:
         return f"(the journal can't be read: {fault})"
@@ -229,6 +233,9 @@ def converge(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
     """Bring the unit to the wanted state and return what was done; with ``dry`` only say so."""
     name = params["name"]
     before = properties(name)
+    if any(properties(unit).get("NeedDaemonReload") == "yes" for unit in before.get("Triggers", "").split()):
+        # Else the timer would go on to start what the file of its service said before.
+        before["NeedDaemonReload"] = "yes"
     if before.get("LoadState") == "not-found" and not dry and params["state"] == "started":
         # A file that was written since systemd last looked is found by a reload.
         run("systemctl", "daemon-reload")

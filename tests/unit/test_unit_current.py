@@ -123,3 +123,12 @@ def test_a_failed_start_brings_the_end_of_the_journal(monkeypatch: pytest.Monkey
     assert unit_current.journal("app.service", 5) == "Address already in use"
     with pytest.raises(unit_current.UnitError, match="Job for"):
         unit_current.converge({"name": "app.service", "state": "started"}, dry=False)
+
+
+@pytest.mark.parametrize(("reload", "actions"), [("yes", ["daemon-reload"]), ("no", [])])
+def test_a_changed_service_of_a_timer_is_read(monkeypatch: pytest.MonkeyPatch, reload: str, actions: list[str]) -> None:
+    shown = {"app.timer": {**ACTIVE, "Triggers": "app.service"}, "app.service": {**ACTIVE, "NeedDaemonReload": reload}}
+    monkeypatch.setattr(unit_current, "properties", lambda name: dict(shown[name]))
+    params = {"name": "app.timer", "state": "started", "enabled": True, "files": [], "reloaded_files": []}
+    found = unit_current.converge({**params, "restarted": False, "reloaded": False}, dry=True)
+    assert found["actions"] == actions
