@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -30,6 +31,14 @@ class Played:
             pytest.fail(self.output)
         return int(self.output.rsplit("changed=", 1)[1].split()[0])
 
+    def changed_by(self) -> dict[str, int]:
+        """Return the number of tasks that changed something on each host; the play must have ended well."""
+        self.changed()
+        return {
+            name: int(count)
+            for name, count in re.findall(r"^(\S+) +: ok=\d+ +changed=(\d+)", self.output, re.MULTILINE)
+        }
+
     def message(self) -> str:
         """Return what a failed play said, on one line; the play must have failed."""
         if self.rc == 0:
@@ -39,9 +48,12 @@ class Played:
 
 @pytest.fixture
 def play(host: Any, tmp_path: Path) -> Callable[..., Played]:
-    """Return a function that runs one entry point of a role on the scenario's host with the variables given."""
+    """Return a function that runs one entry point of a role with the variables given.
 
-    def run(role: str, entry: str = "main", *, check: bool = False, **variables: object) -> Played:
+    It runs on the scenario's host, or on the hosts that a pattern names.
+    """
+
+    def run(role: str, entry: str = "main", *, check: bool = False, hosts: str = "", **variables: object) -> Played:
         included = {"name": f"selfhost.lmdeploy.{role}", "tasks_from": entry}
         tasks = [{"name": "Run the role", "ansible.builtin.include_role": included}]
         # Scenarios may have underscores, hosts may not.
@@ -49,7 +61,7 @@ def play(host: Any, tmp_path: Path) -> Callable[..., Played]:
         # Its variables are seen by other roles although nothing of it runs.
         roles = [{"role": "selfhost.lmdeploy.mirrors", "tags": ["never"]}]
         playbook = tmp_path / f"{uuid.uuid4()}.yml"
-        document = {"name": "Play", "hosts": name, "gather_facts": False, "roles": roles, "tasks": tasks}
+        document = {"name": "Play", "hosts": hosts or name, "gather_facts": False, "roles": roles, "tasks": tasks}
         playbook.write_text(json.dumps([document]))
         command = [str(Path(sys.executable).with_name("ansible-playbook")), str(playbook)]
         command += ["-i", str(ROOT / "molecule/inventory/hosts.yml"), "-e", json.dumps(variables)]

@@ -26,12 +26,14 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_checks
     without_secrets,
 )
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
+    ALIKE,
     ENVIRONMENTS,
     ERROR,
     HIDDEN,
     NO_ENGINE,
     SECRET_NAME,
     Desired,
+    Fellow,
     Finding,
     Peer,
     cleaned,
@@ -290,12 +292,13 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
         wanted = str(read["api_server"].found.get("api_server_engine", NO_ENGINE)) if "api_server" in named else ""
         engine = "" if wanted == "auto" else wanted
         peers = tuple(self._peers(arguments["model_servers"], reader, read, roles))
+        fellows = tuple(self._fellows(reader, read, roles))
 
         def wish(offset: float = 0.0) -> Desired:
             taken = named | ({engine} & read.keys())
             asked = taken if engine else read.keys()
             values = {name: value for role in sorted(asked) for name, value in read[role].found.items()}
-            return self._with_files(Desired(reader.host, taken, values, engine, {}, None, peers, offset))
+            return self._with_files(Desired(reader.host, taken, values, engine, {}, None, peers, offset, fellows))
 
         first = wish()
         request = {**survey_request(first), "timeout_seconds": arguments["timeout_seconds"], "ca_pem": self._ca(first)}
@@ -347,6 +350,22 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
             except (AnsibleError, KeyError, AttributeError):
                 continue  # that host's own preflight reports what is wrong with its variables
             yield Peer(str(name), tuple(listens))
+
+    def _fellows(self, reader: Reader, read: Mapping[str, Read], roles: Mapping[str, Role]) -> Iterable[Fellow]:
+        """Yield the hosts that serve one model together with this one, itself among them; mostly there are none."""
+        nodes = set(read["api_server"].found.get("api_server_nodes") or []) if "api_server" in read else set()
+        defaults = {name: value for role in roles.values() for name, value in role.defaults.items()}
+        for name in plain(reader.task_vars.get("groups", {})).get("model_servers", []) if nodes else []:
+            try:
+                others = reader.task_vars["hostvars"][name]
+                if nodes & set(plain(others.get("api_server_nodes") or [])):
+                    values = {
+                        variable: shown(variable, plain(others.get(variable, defaults.get(variable))))
+                        for variable in ALIKE
+                    }
+                    yield Fellow(str(name), str(others.get("ansible_host", name)), values)
+            except (AnsibleError, KeyError, AttributeError, TypeError):
+                continue  # that host's own preflight reports what is wrong with its variables
 
     def _survey(self, request: dict[str, Any], reader: Reader) -> tuple[Survey | None, float, list[Finding]]:
         """Return the survey and how far the host's clock is ahead; without a survey, a finding says why."""

@@ -60,6 +60,8 @@ LLAMA_HOSTS = (("hostnames", "host"), ("model.path", "model"), ("model_alias", "
 LMDEPLOY_ONLY = ("cache_max_entry_count", "tool_call_parser")
 # Addresses that mean every network of the host.
 ANYWHERE = ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
+# What api_server_nodes sets, in place of extra arguments.
+NODE_FLAGS = ("--nnodes", "--node-rank", "--dist-init-addr", "--distributed-executor-backend")
 # Keys that each engine gets in no other way than by its role.
 SECRET_ARGUMENTS = ("--api-keys", "api_keys")
 
@@ -148,7 +150,57 @@ def lmdeploy_arguments(instance: dict[str, Any]) -> list[str]:
     # On the command line, false is a word: -e api_server_trust_remote_code=false.
     if boolean(instance.get("trust_remote_code"), strict=False):
         arguments.append("--trust-remote-code")
+    arguments += node_arguments(instance)
     return arguments + [str(argument) for argument in instance.get("extra_args") or []]
+
+
+def node_arguments(instance: dict[str, Any]) -> list[str]:
+    """Return how LMDeploy runs one model over several hosts: TurboMind by itself, PyTorch on the cluster of Ray."""
+    nodes = instance.get("nodes") or []
+    if not nodes:
+        return []
+    if instance["backend"] == "pytorch":
+        return ["--distributed-executor-backend", "ray"]
+    address = f"{nodes[0]}:{instance['nodes_port']}"
+    return ["--nnodes", str(len(nodes)), "--node-rank", str(instance["rank"]), "--dist-init-addr", address]
+
+
+def node_faults(
+    plain: Mapping[str, Any], named: int, host: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[str]:
+    """Return why one model can't run over the hosts of ``api_server_nodes``, each with variable, value and way out."""
+    nodes = [str(node) for node in settings.get("nodes") or []]
+    if not nodes:
+        return []
+    variable, shown = "api_server_nodes", ", ".join(nodes)
+    faults = [
+        f"{variable} has {node!r}: each is the IPv4 address of a host in the network between them"
+        for node in nodes
+        if not re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}", node) or not is_address(node)
+    ]
+    if len(nodes) < 2 or len(set(nodes)) < len(nodes):
+        faults.append(f"{variable} is {shown}: give two hosts or more, each once, or leave it empty for one host")
+    own = set(nodes) & set(host.get("addresses") or [])
+    if host.get("addresses") and len(own) != 1:
+        faults.append(
+            f"{variable} is {shown}, of which this host has {len(own)}: name each host by its one address there"
+        )
+    if settings["engine"] != "lmdeploy":
+        faults.append(
+            f"{variable} is {shown}, but the engine is {settings['engine']}: only LMDeploy runs over several hosts"
+        )
+    if named:
+        faults.append(
+            f"{variable} is {shown}, beside api_server_instances: a model over several hosts is a host's only engine"
+        )
+    try:
+        if int(plain["tp"]) % len(nodes):
+            faults.append(f"api_server_tp is {plain['tp']}: over {len(nodes)} hosts it is a multiple of {len(nodes)}")
+    except ValueError:
+        faults.append(
+            f"api_server_tp is {plain['tp']}: over several hosts give the number of GPUs of all of them together"
+        )
+    return faults
 
 
 def llama_arguments(instance: dict[str, Any]) -> list[str]:
@@ -191,6 +243,7 @@ def argument_variables(instance: dict[str, Any]) -> dict[str, str]:
     return {
         **known,
         "--trust-remote-code": f"{prefix}trust_remote_code",
+        **dict.fromkeys(NODE_FLAGS, "api_server_nodes"),
         "--server-port": f"{prefix}port",
         "": f"{prefix}model",
         "*": f"{prefix}extra_args",
@@ -227,6 +280,8 @@ def instance_faults(instance: dict[str, Any], networks: list[str]) -> list[str]:
         name = str(argument).split("=", 1)[0]
         if name in SECRET_ARGUMENTS or re.fullmatch("--api(-k(e(ys?)?)?)?", name):
             faults.append(f"{prefix}extra_args holds {name}: keys are set by api_server_api_key, out of sight of `ps`")
+        elif name in NODE_FLAGS and name != "--distributed-executor-backend":
+            faults.append(f"{prefix}extra_args holds {name}: set api_server_nodes instead")
         elif name in managed:
             faults.append(f"{prefix}extra_args holds {name}: set {prefix}{managed[name]} instead")
     if instance["engine"] == "llama_cpp":
@@ -290,11 +345,17 @@ def engine_instances(
 
     plain: the role's plain variables without their prefix: the single instance, and the defaults of named ones.
     instances: ``api_server_instances``. host: what the module engine_info returned (``gpus``, ``gpu``, ``wsl``,
-    ``models``, ``model_facts``). settings: ``engine``, ``models_dir``, ``drain_seconds``, ``allowed_networks`` and
-    ``numa_affinity``.
+    ``models``, ``model_facts``, ``addresses``). settings: ``engine``, ``models_dir``, ``drain_seconds``,
+    ``allowed_networks``, ``numa_affinity``, and for one model over several hosts ``nodes`` and ``nodes_port``.
     """
     faults = name_faults([str(item.get("name", "")) for item in instances])
     faults += network_faults(settings["allowed_networks"])
+    faults += node_faults(plain, len(instances), host, settings)
+    nodes = [str(node) for node in settings.get("nodes") or []]
+    rank = next((number for number, node in enumerate(nodes) if node in (host.get("addresses") or [])), 0)
+    if rank and plain["backend"] == "pytorch" and not faults:
+        # The engine on the first host drives the others through their nodes of Ray.
+        return []
     result = []
     for given in instances or [{}]:
         name = str(given.get("name", ""))
@@ -304,6 +365,10 @@ def engine_instances(
         own = {key: value for key, value in given.items() if value is not None}
         instance = {**inherited, **own, "engine": settings["engine"], "variable_prefix": prefix}
         instance["instance"] = f"{UNIT}-{name}" if name else UNIT
+        instance |= {"nodes": nodes, "nodes_port": settings.get("nodes_port"), "rank": rank}
+        if rank:
+            # Clients ask the first host; the others only compute.
+            instance["host"] = "127.0.0.1"
         try:
             path = model_path(instance["model"], settings["models_dir"])
             # Where the link leads now: a new revision of the model is a change, never a surprise at the next restart.
@@ -343,7 +408,8 @@ def place(instances: list[dict[str, Any]], host: dict[str, Any], settings: dict[
     wanted = [
         Wanted(
             f"{instance['instance']}.service",
-            None if tp == "auto" else int(tp),
+            # Of a model over several hosts each host has its part.
+            None if tp == "auto" else int(tp) // max(1, len(instance["nodes"])),
             tuple(int(number) for number in instance.get("gpus") or []),
             size,
             None if not is_set(instance.get("cache_max_entry_count")) else float(instance["cache_max_entry_count"]),
@@ -352,7 +418,7 @@ def place(instances: list[dict[str, Any]], host: dict[str, Any], settings: dict[
     ]
     dealt = deal(wanted, gpu, wsl=bool(host.get("wsl")))
     for instance, got in zip(instances, dealt, strict=True):
-        instance["tp"] = got.tp
+        instance["tp"] = got.tp * max(1, len(instance["nodes"]))
         if len(gpu["cards"]) > 1:
             instance["gpus"] = list(got.gpus)
         if settings.get("numa_affinity", "auto") == "auto" and not host.get("wsl"):
@@ -400,8 +466,12 @@ def complete(instance: dict[str, Any], settings: dict[str, Any]) -> dict[str, An
         "variables": argument_variables(instance),
         "environment": environment,
         "drain_seconds": int(settings["drain_seconds"]),
+        "rank": instance["rank"],
+        # Where the first host of a model over several hosts is to be found by the others; empty on a single host.
+        "head": f"{instance['nodes'][0]}:{instance['nodes_port']}" if instance["nodes"] else "",
     }
-    return {**instance, "launcher": launcher, "allowed_networks": peers(instance["host"], settings["allowed_networks"])}
+    allowed = [*peers(instance["host"], settings["allowed_networks"]), *instance["nodes"]]
+    return {**instance, "launcher": launcher, "allowed_networks": allowed}
 
 
 def peers(host: str, networks: list[str]) -> list[str]:

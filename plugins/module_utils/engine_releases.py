@@ -503,6 +503,9 @@ class Releases:
         """Ask the engine as a client would; raise GateFault unless the answer is as expected."""
         settings, gate = read_json(self.folder(release) / "instance.json"), self.manifest(release).get("gate") or {}
         host = f"[{settings['host']}]" if ":" in settings["host"] else settings["host"]
+        if settings.get("rank"):
+            # The first host of a model over several answers for all; this one is active, so its engine has joined.
+            return {"seconds": 0.0, "tokens_per_second": 0.0, "answer": ""}
         model, question = settings["model_name"], gate.get("question") or QUESTION
         server = OpenAI(
             f"http://{host}:{settings['port']}", read(self.key_file).strip(), gate.get("timeout_seconds", 120)

@@ -55,6 +55,7 @@ CHECKS = {
     "mirror": "every place that something must still be fetched from answers",
     "model_format": "llama.cpp gets a GGUF file, LMDeploy none",
     "model_missing": "a model that is a path or a file is on the host, or a package brings it",
+    "nodes": "hosts that serve one model together agree on it",
     "number": "numbers are 0 or more, and not beyond what programs hold",
     "os": "the operating system is one that the roles are tested on",
     "path": "paths are absolute",

@@ -22,6 +22,7 @@ ERROR = "error"
 WARNING = "warning"
 HIDDEN = "(hidden)"
 GATEWAY_UNIT = "haproxy.service"
+RAY_UNIT = "ray.service"
 LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|::1|localhost")
 WILDCARDS = frozenset({"0.0.0.0", "::", "[::]", "*", ""})  # noqa: S104 compared with, not bound to
 SECRET_NAME = re.compile(r"(password|passphrase|api_?keys?|token|secret|secret_key|credentials?)$", re.IGNORECASE)
@@ -118,6 +119,28 @@ class Peer:
     listens: tuple[str, ...]
 
 
+# What must be the same on all hosts that serve one model together.
+ALIKE = (
+    "api_server_nodes",
+    "api_server_nodes_port",
+    "api_server_model",
+    "api_server_model_revision",
+    "api_server_backend",
+    "api_server_tp",
+    "lmdeploy_version",
+    "ray_port",
+)
+
+
+@dataclass(frozen=True)
+class Fellow:
+    """A host that serves one model together with others: its address, and its values of ALIKE as texts."""
+
+    host: str
+    address: str
+    values: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Desired:
     """All that a host is to become. ``locks`` holds the text of each lock file, None where the file is missing."""
@@ -130,6 +153,7 @@ class Desired:
     command_line: Mapping[str, Any] | None = None
     peers: tuple[Peer, ...] = ()
     clock_offset_seconds: float = 0.0
+    fellows: tuple[Fellow, ...] = ()
 
     def fault(self, check: str, variable: str, value: Any, message: str, fix: str) -> Finding:
         """Return an error."""
@@ -176,13 +200,19 @@ class Desired:
     def units(self) -> frozenset[str]:
         """The systemd units that are to run here."""
         engines = {instance.unit for instance in self.instances}
-        others = {"open_webui": "open-webui.service", "gateway": GATEWAY_UNIT}
+        others = {"open_webui": "open-webui.service", "gateway": GATEWAY_UNIT, "ray": RAY_UNIT}
         return frozenset(engines | {unit for role, unit in others.items() if role in self.roles})
 
     def endpoints(self) -> Iterator[tuple[str, int | None, str, str]]:
         """Yield (variable, port, address, unit) of everything that will listen."""
         for instance in self.instances:
             yield instance.variable("port"), instance.whole("port"), instance.text("host"), instance.unit
+        if self.instances and self.items("api_server_nodes"):
+            unit, everywhere = self.instances[0].unit, "0.0.0.0"  # noqa: S104 as these programs listen
+            if "ray" in self.roles:
+                yield "ray_port", whole(self.values.get("ray_port")), everywhere, RAY_UNIT
+            else:
+                yield "api_server_nodes_port", whole(self.values.get("api_server_nodes_port")), everywhere, unit
         if "open_webui" in self.roles:
             port = whole(self.values.get("open_webui_port"))
             yield "open_webui_port", port, self.text("open_webui_host"), "open-webui.service"

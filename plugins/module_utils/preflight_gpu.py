@@ -74,6 +74,8 @@ def _wanted(desired: Desired, survey: Survey) -> list[Wanted]:
         fixed = instance.whole("tp")
         # What tp_form refuses is judged further as if it said auto, so that one slip is one finding.
         tp = fixed if fixed is not None and is_power_of_two(fixed) else None
+        # Of a model over several hosts each host has its part.
+        tp = tp and max(1, tp // max(1, len(desired.items("api_server_nodes"))))
         gpus = tuple(number for number in map(whole, instance.items("gpus")) if number is not None)
         found.append(Wanted(instance.unit, tp, gpus, size_of(desired, instance, survey), _given_ratio(instance)))
     return found

@@ -399,6 +399,33 @@ def check_reach_of_engine(desired: Desired) -> Iterator[Finding]:
         yield desired.fault("loopback", f"api_server_host of {named}", "127.0.0.1", why, fix)
 
 
+def check_nodes(desired: Desired) -> Iterator[Finding]:
+    """nodes: the hosts that serve one model together are all there, and want the same."""
+    nodes = [str(node) for node in desired.items("api_server_nodes")]
+    if "api_server" not in desired.roles or not nodes:
+        return
+    own = next((fellow for fellow in desired.fellows if fellow.host == desired.host), None)
+    for fellow in desired.fellows:
+        if own is None or fellow.host == desired.host:
+            continue
+        for variable, value in own.values.items():
+            if fellow.values.get(variable) != value:
+                why = (
+                    f"{fellow.host}, with which {desired.host} serves one model (api_server_nodes), has "
+                    f"{fellow.values.get(variable) or 'nothing'}."
+                )
+                fix = f"Give {variable} one value, in a group of these hosts."
+                yield desired.fault("nodes", variable, value, why, fix)
+    known = {fellow.address for fellow in desired.fellows}
+    strange = [node for node in nodes if node not in known and re.fullmatch(r"[0-9.]+", node)]
+    # Addresses between the hosts may be others than those by which Ansible reaches them; their number is the same.
+    if strange and len(desired.fellows) != len(nodes):
+        named = ", ".join(fellow.host for fellow in desired.fellows) or "none"
+        why = f"It names {len(nodes)} hosts; in model_servers those with such a list are: {named}."
+        fix = "Put all of these hosts into model_servers, with the same list."
+        yield desired.fault("nodes", "api_server_nodes", nodes, why, fix)
+
+
 def check_exposure(desired: Desired) -> Iterator[Finding]:
     """exposed: whoever opens an engine to the network should know what that means."""
     for instance in desired.instances:
@@ -446,6 +473,8 @@ def _own_rules(desired: Desired) -> Iterator[str]:
                 "models_dir": desired.text("api_server_models_dir"),
                 "drain_seconds": 0,
                 "allowed_networks": desired.items("api_server_allowed_networks"),
+                "nodes": desired.items("api_server_nodes"),
+                "nodes_port": desired.values.get("api_server_nodes_port"),
             }
             plain = named("api_server_")
             engine.engine_instances(plain, desired.items("api_server_instances"), {}, settings)
@@ -504,6 +533,7 @@ VALUE_CHECKS = (
     check_texts,
     check_separate_environments,
     check_reach_of_engine,
+    check_nodes,
     check_exposure,
     check_model_format,
 )

@@ -86,6 +86,9 @@ def engines(folder: Path, address: str) -> list[dict[str, str]]:
     found = []
     for path in sorted(folder.glob("*.json")):
         instance = json.loads(path.read_text(encoding="utf-8"))
+        if instance.get("rank"):
+            # A further host of a model over several: clients ask the first.
+            continue
         # The file has the address by which the host itself finds the engine.
         host = address if address and is_loopback(instance["host"]) else instance["host"]
         base = f"{url(host, instance['port'])}/v1"
@@ -103,6 +106,15 @@ def learn(folder: Path, address: str) -> dict[str, list[dict[str, str]]]:
     return {"connections": [{"url": engine["url"], "api_key": key} for engine in found], "engines": found}
 
 
+def only_computes(folder: Path, node: Path = Path("/etc/ray/node.json")) -> bool:
+    """Tell whether this host computes for the first host of a model over several, and is not to be asked itself."""
+    try:
+        ranks = [json.loads(path.read_text(encoding="utf-8")).get("rank") for path in folder.glob("*.json")]
+        return any(ranks) or (node.exists() and not json.loads(node.read_text(encoding="utf-8"))["is_head"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def main() -> None:
     """Return the connections, or say that there is no engine."""
     module = AnsibleModule(
@@ -117,7 +129,7 @@ def main() -> None:
         found = learn(Path(folder), module.params["address"])
     except (OSError, ValueError, KeyError) as fault:
         module.fail_json(msg=f"{folder} is not as the role api_server leaves it ({fault!r}): run site.yml on this host")
-    if not found["engines"] and not module.check_mode:
+    if not found["engines"] and not module.check_mode and not only_computes(Path(folder)):
         module.fail_json(
             msg=f"{folder} names no engine: run site.yml on this model server first, or give open_webui_connections"
         )

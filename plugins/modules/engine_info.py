@@ -55,6 +55,15 @@ gpu:
       C(plugins/module_utils/preflight_survey.py).
   returned: always
   type: dict
+addresses:
+  description: The host's own IPv4 addresses.
+  returned: always
+  type: list
+  elements: str
+interfaces:
+  description: The network interface of each address.
+  returned: always
+  type: dict
 wsl:
   description: Whether the host is a WSL machine.
   returned: always
@@ -78,6 +87,8 @@ units:
   elements: str
 """
 
+import re
+import subprocess
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -108,6 +119,13 @@ def real(path: str) -> str:
     return str(Path(path).resolve()) if path and Path(path).exists() else ""
 
 
+def interfaces() -> dict[str, str]:
+    """Return the IPv4 addresses of the host with their interfaces, loopback left out."""
+    found = subprocess.run(["ip", "-4", "-o", "addr"], capture_output=True, text=True, check=False).stdout
+    pairs = re.findall(r"^\d+: (\S+) +inet ([0-9.]+)/", found, re.MULTILINE)
+    return {address: name for name, address in pairs if not address.startswith("127.")}
+
+
 def main() -> None:
     """Run as an Ansible module."""
     module = AnsibleModule(
@@ -123,6 +141,8 @@ def main() -> None:
         engine="lmdeploy" if gpu["cards"] or gpu["pci_devices"] else "llama_cpp",
         gpus=len(gpu["cards"]),
         gpu=gpu,
+        addresses=list(interfaces()),
+        interfaces=interfaces(),
         wsl=is_wsl(),
         release=real(module.params["environment"]),
         models={path: real(path) for path in module.params["models"] if real(path)},

@@ -18,6 +18,7 @@ description:
   - A cut download goes on where it ended, in the next try as in the next run. Every file is compared with the checksum
     that the hub states (SHA-256 of large files, git object of small ones); a wrong file is removed, nothing is linked.
   - Files that an earlier snapshot of the model holds with the same SHA-256 are shared, not fetched again.
+  - Models that other hosts of the fleet have can be taken from them, see O(peers).
   - While it runs, one line every O(progress_seconds) seconds tells bytes, rate and time left.
 options:
   path:
@@ -88,6 +89,43 @@ options:
     type: list
     elements: str
     default: [/etc/api-server/releases/*/*/model]
+  manifests:
+    description: Return the manifest of each complete model, and the address by which other hosts reach this one.
+    type: bool
+    default: false
+  address:
+    description: The address to return; empty means that of the default route.
+    type: str
+    default: ""
+  peer_manifests:
+    description: Manifests of models that O(peers) have, as O(manifests) returned them there. Where one is of a model as
+      it is wanted, the model comes from them, and no hub is asked but for what they can't give.
+    type: list
+    elements: dict
+    default: []
+  peers:
+    description: Hosts that run M(selfhost.lmdeploy.model_share) now. A host that dies, stalls or gives wrong bytes is
+      left out.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name:
+        description: Its name, for people.
+        type: str
+        required: true
+      address:
+        description: Its address.
+        type: str
+        required: true
+      port:
+        description: Its port.
+        type: int
+        required: true
+  peer_certificate:
+    description: Certificate and key of this run, PEM, the same on all its hosts.
+    type: str
+    default: ""
   fetch:
     description: V(false) only tells what is missing.
     type: bool
@@ -144,15 +182,32 @@ models:
     changed:
       description: Whether the model was fetched or its link switched.
       type: bool
+    source:
+      description: Where its bytes came from, where that were other hosts of the fleet; empty otherwise.
+      type: str
+      sample: 1.2 GB from gpu-1, 1.1 GB from gpu-2
+    wish:
+      description: The model as it is wanted, where O(manifests) asks for it.
+      type: dict
+    manifest:
+      description: Commit, files and their SHA-256, where O(manifests) asks for it and the model is complete.
+      type: dict
+address:
+  description: Address by which other hosts reach this one; empty where there is none.
+  returned: when O(manifests) asks for it
+  type: str
 """
 
+import contextlib
 import fcntl
 import functools
 import json
 import os
 import queue
+import random
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -162,6 +217,7 @@ from typing import TYPE_CHECKING, Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.respawn import has_respawned, respawn_module
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.kept_links import kept
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_peers import Peers, context_of, serves
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_sources import (
     Folder,
     HuggingFace,
@@ -253,6 +309,7 @@ class Model:
         self.name = self.id.replace("/", "--")
         self.link = self.directory / self.name
         self.patterns = {"allow": sorted(item["allow_patterns"]), "ignore": sorted(item["ignore_patterns"])}
+        self.came_from = ""
 
     def fault(self) -> str | None:
         """Say what is wrong with the wishes, before anything is fetched."""
@@ -296,8 +353,22 @@ class Model:
         for place in sorted({*old} - kept(old, self.params["kept_by"])):
             shutil.rmtree(place)
 
+    def manifest(self) -> dict[str, Any] | None:
+        """Return the manifest of the hosts that have this model, if there are any."""
+        found = (item for item in self.params["peer_manifests"] if serves(item, self.item))
+        return next(found, None) if self.params["peers"] else None
+
     def source(self) -> Source:
-        """Return where this model comes from."""
+        """Return where this model comes from: the fleet, else the hub."""
+        manifest = self.manifest()
+        if manifest is None:
+            return self.hub()
+        entry = self.entry(str(manifest["source"]["commit"]))
+        context = context_of(self.params["peer_certificate"], self.directory / STORE)
+        return Peers(manifest, f"{self.name}/{entry.name}", self.params["peers"], context, self.hub)
+
+    def hub(self) -> Source:
+        """Return the hub, or the folder that stands for it."""
         if self.params["source_dir"]:
             return Folder(self.id, self.revision, Path(self.params["source_dir"]))
         hub: type[HuggingFace | ModelScope] = HuggingFace if self.params["hub"] == "huggingface" else ModelScope
@@ -361,6 +432,7 @@ class Fetcher:
             entries = self.parallel(source, commit, files, work)
         finally:
             self.progress.stop()
+        model.came_from = source.summary() if isinstance(source, Peers) else ""
         missing = missing_shards(work)
         if missing:
             raise StoreError(
@@ -401,17 +473,32 @@ class Fetcher:
                 self.progress.note = ""
                 pause, attempt = pause * 2, attempt + 1
 
-    def parallel(self, source: Source, commit: str, files: list[Remote], work: Path) -> list[dict[str, Any]]:
-        """Fetch and check all files, a few at a time, the largest first; the first fault ends it."""
-        todo: queue.SimpleQueue[Remote] = queue.SimpleQueue()
-        for file in sorted(files, key=lambda item: -item.size):
-            todo.put(file)
-        results: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
+    @staticmethod
+    def ordered(source: Source, files: list[Remote]) -> list[Remote]:
+        """Return the files in the order of fetching: from a hub the largest first."""
+        if isinstance(source, Peers):
+            # Each host begins elsewhere, and gives the others what it has: so one source doesn't send all to all.
+            return random.sample(files, len(files))
+        return sorted(files, key=lambda item: -item.size)
 
-        def one(file: Remote) -> dict[str, Any]:
+    @staticmethod
+    def bring(source: Source, commit: str, file: Remote, work: Path) -> dict[str, Any]:
+        """Fetch and check one file; where several hosts gave a wrong one, again from another."""
+        while True:
             if not (work / file.path).is_file():
                 source.fetch(commit, file, work)
-            return checked(work / file.path, file)
+            try:
+                return checked(work / file.path, file)
+            except (StoreError, TryAgain):
+                if not isinstance(source, Peers) or not source.doubt(file):
+                    raise
+
+    def parallel(self, source: Source, commit: str, files: list[Remote], work: Path) -> list[dict[str, Any]]:
+        """Fetch and check all files, a few at a time; the first fault ends it."""
+        todo: queue.SimpleQueue[Remote] = queue.SimpleQueue()
+        for file in self.ordered(source, files):
+            todo.put(file)
+        results: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
 
         ended = threading.Event()
 
@@ -422,7 +509,7 @@ class Fetcher:
                 except queue.Empty:
                     return
                 try:
-                    results.put(self.patient(functools.partial(one, file)))
+                    results.put(self.patient(functools.partial(self.bring, source, commit, file, work)))
                 except BaseException as error:  # noqa: BLE001 -- handed to the main thread
                     results.put(error)
                     return
@@ -480,7 +567,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     before = [model.state() for model in models]
     missing = [model for model, (done, _marker) in zip(models, before, strict=True) if not done]
     if missing and module.params["fetch"] and not module.check_mode:
-        need_python(module)
+        need_python(module, missing)
         fetch(module, missing)
     result, old, new = [], "", ""
     for model, (done, marker) in zip(models, before, strict=True):
@@ -488,17 +575,37 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         current = now if done or not (module.check_mode or not module.params["fetch"]) else None
         commit = str(current["source"]["commit"]) if current else ""
         size = int(current["bytes"]) if current else 0
-        result.append({"id": model.id, "path": str(model.link), "commit": commit, "bytes": size, "changed": not done})
+        entry: dict[str, Any] = {"id": model.id, "path": str(model.link), "commit": commit, "bytes": size}
+        entry |= {"changed": not done, "source": model.came_from}
+        if module.params["manifests"]:
+            entry["wish"] = model.item
+            entry |= {"manifest": {key: current[key] for key in ("source", "bytes", "files")}} if current else {}
+        result.append(entry)
         if not done:
             old += f"{model.id} {marker['source']['commit']}\n" if marker else ""
             new += f"{model.id} {commit or model.revision or 'default branch'}\n"
-    return {"changed": bool(missing), "models": result, "diff": {"before": old, "after": new}}
+    answer = {"changed": bool(missing), "models": result, "diff": {"before": old, "after": new}}
+    if not module.params["manifests"]:
+        return answer
+    return {**answer, "address": module.params["address"] or own_address()}
 
 
-def need_python(module: AnsibleModule) -> None:
+def own_address() -> str:
+    """Return the address that this host has towards others. Nothing is sent: the kernel only looks up a route."""
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect((elsewhere, 9))
+            return str(probe.getsockname()[0])
+    return ""
+
+
+def need_python(module: AnsibleModule, missing: list[Model]) -> None:
     """Go on in the Python that has the hub's client."""
     python = module.params["python"]
     if module.params["source_dir"] or not python or has_respawned():
+        return
+    if not os.access(python, os.X_OK) and all(model.manifest() for model in missing):
+        # The fleet has them; only what it can't give would want the hub.
         return
     if not os.access(python, os.X_OK):
         raise StoreError(
@@ -550,6 +657,20 @@ def main() -> None:
             "reserve_gib": {"type": "int", "default": 2},
             "keep_snapshots": {"type": "int", "default": 2},
             "kept_by": {"type": "list", "elements": "str", "default": ["/etc/api-server/releases/*/*/model"]},
+            "manifests": {"type": "bool", "default": False},
+            "address": {"type": "str", "default": ""},
+            "peer_manifests": {"type": "list", "elements": "dict", "default": []},
+            "peers": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "address": {"type": "str", "required": True},
+                    "port": {"type": "int", "required": True},
+                },
+            },
+            "peer_certificate": {"type": "str", "default": "", "no_log": True},
             "fetch": {"type": "bool", "default": True},
             "progress_seconds": {"type": "int", "default": 10},
             "timeout_seconds": {"type": "int", "default": 86400},

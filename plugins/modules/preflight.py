@@ -64,6 +64,7 @@ options:
       - "C(mirror): every place that something must still be fetched from answers."
       - "C(model_format): llama.cpp gets a GGUF file, LMDeploy none."
       - "C(model_missing): a model that is a path or a file is on the host, or a package brings it."
+      - "C(nodes): hosts that serve one model together agree on it."
       - "C(number): numbers are 0 or more, and not beyond what programs hold."
       - "C(os): the operating system is one that the roles are tested on."
       - "C(path): paths are absolute."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import preflight_hosts as hosts
@@ -306,3 +307,68 @@ def test_who_may_talk_to_the_unit() -> None:
     assert instances()[0]["allowed_networks"] == []
     assert instances(host="10.0.0.5", networks=["10.0.0.0/24"])[0]["allowed_networks"] == ["10.0.0.0/24", "10.0.0.5"]
     assert instances(host="0.0.0.0", networks=["any"])[0]["allowed_networks"] == ["any"]
+
+
+NODES = ["10.0.0.1", "10.0.0.2"]
+HOST: dict[str, Any] = {"gpus": 2, "wsl": False, "models": {PATH: "/var/lib/models/.store/x/commit"}}
+TOGETHER: dict[str, Any] = {
+    "engine": "lmdeploy",
+    "models_dir": "/var/lib/models",
+    "drain_seconds": 30,
+    "allowed_networks": [],
+    "nodes": NODES,
+    "nodes_port": 23399,
+}
+
+
+@pytest.mark.parametrize(("address", "rank"), [("10.0.0.1", 0), ("10.0.0.2", 1)])
+def test_hosts_of_one_model_get_their_ranks(address: str, rank: int) -> None:
+    plain = {**PLAIN, "tp": "4", "host": "10.0.0.1"}
+    settings = {**TOGETHER, "allowed_networks": ["10.0.0.0/24"]}
+    instance = engine.engine_instances(plain, [], {**HOST, "addresses": [address]}, settings)[0]
+    words = " ".join(instance["launcher"]["arguments"])
+    assert f"--nnodes 2 --node-rank {rank} --dist-init-addr 10.0.0.1:23399" in words
+    assert "--tp 4" in words
+    assert set(NODES) <= set(instance["allowed_networks"])
+    assert (instance["launcher"]["rank"], instance["launcher"]["head"]) == (rank, "10.0.0.1:23399")
+    # Only the first one is to be asked.
+    assert instance["host"] == ("127.0.0.1" if rank else "10.0.0.1")
+
+
+def test_pytorch_over_several_hosts_is_one_engine_on_ray() -> None:
+    plain = {**PLAIN, "tp": "4", "backend": "pytorch"}
+    first = engine.engine_instances(plain, [], {**HOST, "addresses": ["10.0.0.1"]}, TOGETHER)[0]
+    assert first["launcher"]["arguments"][-2:] == ["--distributed-executor-backend", "ray"]
+    assert engine.engine_instances(plain, [], {**HOST, "addresses": ["10.0.0.2"]}, TOGETHER) == []
+
+
+@pytest.mark.parametrize(
+    ("plain", "named", "settings", "words"),
+    [
+        ({"tp": "auto"}, [], {}, "api_server_tp is auto: over several hosts give the number"),
+        ({"tp": "3"}, [], {}, "api_server_tp is 3: over 2 hosts it is a multiple of 2"),
+        ({"tp": "4"}, [{"name": "a"}], {}, "beside api_server_instances"),
+        ({"tp": "4"}, [], {"engine": "llama_cpp"}, "the engine is llama_cpp: only LMDeploy"),
+        ({"tp": "4"}, [], {"nodes": ["gpu-1", "10.0.0.2"]}, "api_server_nodes has 'gpu-1'"),
+        ({"tp": "4"}, [], {"nodes": ["10.0.0.1"]}, "give two hosts or more"),
+        ({"tp": "4"}, [], {"nodes": ["10.0.0.8", "10.0.0.9"]}, "of which this host has 0"),
+        (
+            {"tp": "4", "extra_args": ["--nnodes", "2"]},
+            [],
+            {},
+            "extra_args holds --nnodes: set api_server_nodes instead",
+        ),
+    ],
+)
+def test_hosts_of_one_model_that_can_not_work_are_refused(
+    plain: dict[str, Any], named: list[dict[str, Any]], settings: dict[str, Any], words: str
+) -> None:
+    host = {**HOST, "addresses": ["10.0.0.1"]}
+    with pytest.raises(engine.EngineFault, match=words):
+        engine.engine_instances({**PLAIN, **plain}, named, host, {**TOGETHER, **settings})
+
+
+def test_the_flags_of_several_hosts_are_lmdeploys() -> None:
+    known = json.loads((hosts.CHECKOUT / "roles/lmdeploy/files/cli/0.18.0.json").read_text())["flags"]
+    assert set(engine.NODE_FLAGS) <= set(known)
+    assert "ray" in known["--distributed-executor-backend"]["choices"]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ansible_collections.selfhost.lmdeploy.plugins.modules.engine_connections import learn
+from ansible_collections.selfhost.lmdeploy.plugins.modules.engine_connections import learn, only_computes
 
 
 def left(folder: Path, **instances: tuple[str, int]) -> Path:
@@ -43,3 +43,21 @@ def test_each_instance_is_a_connection_in_the_order_of_names(tmp_path: Path) -> 
 
 def test_a_host_without_a_key_has_no_engine(tmp_path: Path) -> None:
     assert learn(tmp_path / "missing", "") == {"connections": [], "engines": []}
+
+
+@pytest.mark.parametrize(
+    ("rank", "node", "computes"), [(1, None, True), (0, None, False), (None, False, True), (None, True, False)]
+)
+def test_a_further_host_of_a_model_is_not_asked(
+    tmp_path: Path, rank: int | None, node: bool | None, computes: bool
+) -> None:
+    """It has an engine of a higher rank, or a node of Ray that is not the head, and no connection."""
+    folder, settings = left(tmp_path), tmp_path / "node" / "node.json"
+    settings.parent.mkdir()
+    if rank is not None:
+        about = {"host": "127.0.0.1", "port": 1, "engine": "lmdeploy", "model_name": "a", "rank": rank}
+        (folder / "api-server.json").write_text(json.dumps(about), encoding="utf-8")
+    if node is not None:
+        settings.write_text(json.dumps({"is_head": node}), encoding="utf-8")
+    assert only_computes(folder, settings) is computes
+    assert bool(learn(folder, "")["connections"]) is (rank == 0)

@@ -118,6 +118,40 @@ def test_ready_is_said_after_health_name_and_token_only(engine: FakeEngine, mana
     engine.stop()
 
 
+def test_a_further_host_is_ready_without_a_token(engine: FakeEngine, manager: Manager) -> None:
+    """It only computes for the first host, so nobody asks it a question; a bad health still counts."""
+    client = launcher.Client("127.0.0.1", engine.port, "smol", KEY, leads=False)
+    watching = launcher.Monitor(client, launcher.Systemd(), look_seconds=0.05)
+    engine.health_status = 503
+    engine.start()
+    watching.start()
+    wait_until(lambda: "HTTP 503" in manager.last_status())
+    engine.health_status = 200
+    wait_until(lambda: manager.count("READY=1"))
+    assert fed(manager) > 0
+    assert engine.tokens == 0
+    watching.stopping.set()
+    watching.join(5)
+    engine.stop()
+
+
+def test_a_further_host_begins_anew_when_the_first_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when a line breaks and can be had again."""
+    ended: list[int] = []
+    monkeypatch.setattr(launcher.os, "_exit", ended.append)
+    monkeypatch.setattr(launcher.time, "sleep", lambda _seconds: None)
+    door = socket.create_server(("127.0.0.1", 0))
+    tie = launcher.Tie(f"127.0.0.1:{door.getsockname()[1]}")
+    tie.start()
+    door.accept()[0].close()
+    line = door.accept()[0]
+    assert not ended
+    door.close()
+    line.close()
+    tie.join(5)
+    assert ended == [1]
+
+
 def test_a_wrong_name_is_never_ready_and_told(engine: FakeEngine, manager: Manager, monitor: Any) -> None:
     engine.model = "other"
     with engine:

@@ -59,6 +59,11 @@ def have(path: Path, *, check: bool = False, **changes: Any) -> dict[str, Any]:
         "fetch": True,
         "keep_snapshots": 2,
         "kept_by": [],
+        "manifests": False,
+        "address": "",
+        "peer_manifests": [],
+        "peers": [],
+        "peer_certificate": "",
         **changes,
     }
     module: Any = SimpleNamespace(params=params, check_mode=check)
@@ -90,6 +95,7 @@ def test_a_model_is_fetched_linked_and_then_recognised_without_a_request(hub: An
         "commit": commit,
         "bytes": 0,
         "changed": True,
+        "source": "",
     }
     assert sorted(path.name for path in (models / "test--tiny").iterdir()) == sorted(
         [".complete.json", "README.md", "config.json", "model.safetensors.index.json", "sub", *SHARDS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import preflight_hosts as hosts
@@ -18,6 +19,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_checks
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
     HIDDEN,
     Desired,
+    Fellow,
     Peer,
     cleaned,
     overlaps,
@@ -189,7 +191,7 @@ def test_a_fault_is_found_alone_and_explained(
 def test_every_check_is_seen_to_fire() -> None:
     from test_preflight_gpu import FAULTS as GPU_FAULTS
 
-    elsewhere = {"disk", "mirror", "model_missing"} | MADE_BY_THE_PLUGIN
+    elsewhere = {"disk", "mirror", "model_missing", "nodes"} | MADE_BY_THE_PLUGIN
     assert {case[0] for case in FAULTS} | {case[0] for case in GPU_FAULTS} | elsewhere == set(CHECKS)
 
 
@@ -447,3 +449,23 @@ def test_no_value_breaks_a_check(values: dict[str, Any]) -> None:
         assert finding.variable
         assert finding.message
         assert finding.fix
+
+
+def together(*others: tuple[str, str, dict[str, str]]) -> Desired:
+    """Return a host that serves one model together with others: their names, addresses and differences."""
+    nodes = ["10.0.0.1", "10.0.0.2"]
+    mine = {"api_server_nodes": str(nodes), "lmdeploy_version": "0.18.0"}
+    fellows = [Fellow("gpu-1", "10.0.0.1", mine), *(Fellow(name, at, {**mine, **new}) for name, at, new in others)]
+    return replace(wish(api_server_nodes=nodes, api_server_tp="2"), host="gpu-1", fellows=tuple(fellows))
+
+
+def test_hosts_of_one_model_agree() -> None:
+    """Each difference is one finding, with both values; and a host that is missing is noticed."""
+    assert "nodes" not in checks(together(("gpu-2", "10.0.0.2", {})))
+    found = the("nodes", together(("gpu-2", "10.0.0.2", {"lmdeploy_version": "0.19.0"})))
+    assert (found.variable, found.value) == ("lmdeploy_version", "0.18.0")
+    assert "gpu-2" in found.message
+    assert "0.19.0" in found.message
+    found = the("nodes", together())
+    assert found.variable == "api_server_nodes"
+    assert "gpu-1" in found.message

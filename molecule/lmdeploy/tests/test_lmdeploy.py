@@ -103,6 +103,24 @@ def test_the_unit_has_arguments_that_the_real_parser_takes(host: Any) -> None:
     assert checked.rc == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ("--nnodes 2 --node-rank 1 --dist-init-addr 10.0.0.1:23399", []),
+        ("--backend pytorch --distributed-executor-backend ray", []),
+        ("--nnodes 2 --node-rank one --dist-init-addr 10.0.0.1:23399", ["api_server_nodes"]),
+    ],
+)
+def test_the_real_parser_judges_the_flags_of_several_hosts(host: Any, flags: str, refused: list[str]) -> None:
+    """What api_server_nodes adds is taken; a slip is told by the variable's name."""
+    instance = json.loads(host.check_output(f"cat {INSTANCE}"))
+    instance["arguments"] += flags.split()
+    host.run_expect([0], "printf '%%s' %s > /root/several.json", json.dumps(instance))
+    program = "/etc/api-server/releases/api-server/current/launcher.py"
+    checked = host.run(f"{LINK}/bin/python {program} --check /root/several.json")
+    assert [error["variable"] for error in json.loads(checked.stdout)["errors"]] == refused
+
+
 def test_the_seeds_template_and_unknown_wishes_are_refused_together(host: Any, play: Callable[..., Any]) -> None:
     """One message names each variable and lists what this version knows; unit and file stay as they were."""
     before = host.check_output(f"sha256sum {INSTANCE} /etc/systemd/system/api-server.service")

@@ -58,6 +58,10 @@ EXTENSION_SECONDS = 60
 LOOK_SECONDS = 1.0
 # A first token may have to wait for kernels that are compiled on the spot.
 FIRST_TOKEN_SECONDS = 300.0
+# Fields of an instance file that earlier releases have not.
+LATER = ("rank", "head")
+# A host whose first host is gone tries so often, a second apart, before it begins anew.
+HEAD_TRIES = 3
 # Counters that grow only when an engine computes. LMDeploy's come without /metrics when --disable-metrics is given.
 PROGRESS_COUNTERS = ("lmdeploy:generation_tokens_total", "lmdeploy:prompt_tokens_total", "llamacpp:n_decode_total")
 
@@ -88,13 +92,19 @@ class Instance:
     variables: dict[str, str]
     environment: dict[str, str]
     drain_seconds: int
+    # Of a model over several hosts: which host this is, and where the first one waits for the others.
+    rank: int = 0
+    head: str = ""
 
     @classmethod
     def read(cls, path: Path) -> Instance:
         """Return the instance of a file, or refuse a file that is none."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+            known = [
+                field.name for field in dataclasses.fields(cls) if field.name in content or field.name not in LATER
+            ]
+            return cls(**{name: content[name] for name in known})
         except (OSError, ValueError, KeyError, TypeError) as error:
             message = f"{path} is no instance file of the role api_server ({error!r}): run the playbook again."
             raise Refused(message) from error
@@ -137,9 +147,9 @@ def say(text: str) -> None:
 class Client:
     """Asks the engine over HTTP. Every fault is a Fault with a short text."""
 
-    def __init__(self, host: str, port: int, model: str, key: str) -> None:
-        """Keep where the engine listens, the model's name, and the key."""
-        self.host, self.port, self.model, self.key = host, port, model, key
+    def __init__(self, host: str, port: int, model: str, key: str, *, leads: bool = True) -> None:
+        """Keep where the engine listens, the model's name, the key, and whether it answers questions at all."""
+        self.host, self.port, self.model, self.key, self.leads = host, port, model, key, leads
         self._asked = 0
 
     def request(self, path: str, body: dict[str, Any] | None = None, timeout: float = 10.0) -> bytes:
@@ -211,6 +221,9 @@ class Client:
         """Return a sign of life: a token, or an engine that was put to sleep on request."""
         if self.health() == "sleeping":
             return "asleep on request"
+        if not self.leads:
+            # Only the first host of a model over several makes answers; it asks for all.
+            return "it computes for the first host"
         began = time.monotonic()
         self.token(timeout)
         return f"a token took {time.monotonic() - began:.2f} s"
@@ -282,6 +295,34 @@ def hand_over(path: Path) -> None:
     os.kill(int(os.environ["MAINPID"]), signal.SIGHUP)
 
 
+class Tie(threading.Thread):
+    """Ends this process when the first host of a model over several is gone: the others have to join it anew.
+
+    Without this an engine would wait in a collective call for ever, healthy as far as it knows.
+    """
+
+    def __init__(self, head: str) -> None:
+        """Watch ``HOST:PORT``, which is open as long as the first host's engine lives."""
+        super().__init__(name="launcher-tie", daemon=True)
+        host, port = head.rsplit(":", 1)
+        self.address = (host, int(port))
+
+    def run(self) -> None:
+        """Hold a connection; when it ends and can't be had again, end the process."""
+        failures = 0
+        while failures < HEAD_TRIES:
+            try:
+                with socket.create_connection(self.address, timeout=2) as line:
+                    failures = 0
+                    line.settimeout(None)
+                    line.recv(1)
+            except OSError:
+                failures += 1
+            time.sleep(1)
+        say(f"the first host's engine at {self.address[0]}:{self.address[1]} is gone: beginning anew")
+        os._exit(1)
+
+
 class Attempt(threading.Thread):
     """One question asked in a thread of its own, so that a hung engine hangs only that thread."""
 
@@ -343,11 +384,14 @@ class LoadMeter:
 class Monitor(threading.Thread):
     """Watches the engine and talks to systemd until the process ends."""
 
-    def __init__(self, client: Client, systemd: Systemd, look_seconds: float = LOOK_SECONDS) -> None:
-        """Keep both sides; begin with start()."""
+    def __init__(
+        self, client: Client, systemd: Systemd, look_seconds: float = LOOK_SECONDS, tie: Tie | None = None
+    ) -> None:
+        """Keep both sides, and what ties this host to the first one; begin with start()."""
         super().__init__(name="launcher-monitor", daemon=True)
         self._client, self._systemd, self._look_seconds = client, systemd, look_seconds
         self.stopping = threading.Event()
+        self._tie = tie
 
     def stop(self) -> None:
         """Say that the engine ends on request: from now on its silence is no fault."""
@@ -357,6 +401,8 @@ class Monitor(threading.Thread):
     def run(self) -> None:
         """Wait until the engine serves, then feed the watchdog while it does."""
         self.wait_until_ready()
+        if self._tie is not None and not self.stopping.is_set():
+            self._tie.start()
         if self._systemd.watchdog_seconds and not self.stopping.is_set():
             self.watch()
 
@@ -723,9 +769,11 @@ def serve(path: Path, systemd: Systemd) -> None:
         message = f"{instance.variable('')}: no model is at {instance.model_path}: run the role model_weights first"
         raise Refused(message)
     refuse_taken_port(instance)
-    client = Client(instance.host, instance.port, instance.model_name, keys.valid[0])
+    if (credentials / "ray-token").exists():
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(credentials / "ray-token")
+    client = Client(instance.host, instance.port, instance.model_name, keys.valid[0], leads=instance.rank == 0)
     keys.takers.append(lambda valid: setattr(client, "key", valid[0]))
-    monitor = Monitor(client, systemd)
+    monitor = Monitor(client, systemd, tie=Tie(instance.head) if instance.rank else None)
     monitor.start()
     ENGINES[instance.engine](instance, keys, monitor.stop)
 
