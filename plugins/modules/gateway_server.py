@@ -15,17 +15,37 @@ description:
   - Speaks with the runtime socket of HAProxy on the gateway. A drained engine gets no new request; those that it has go
     on.
   - A drain waits until the last one has ended. A return waits until the gateway's own check has found the engine good.
-  - What it does lasts until HAProxy is restarted or reloaded, which both begin with every engine in use.
+  - What it does lasts until HAProxy is restarted, which begins with every engine in use. A reload keeps it.
 options:
   name:
     description: Name of an engine as C(gateway_engines) has it, or of a host, which stands for every C(HOST-PORT).
+      Empty for all, which is only for O(state=present).
     type: str
-    required: true
+    default: ""
   state:
     description: V(drained) for no new requests, V(ready) for use, V(present) only to tell.
     type: str
     choices: [drained, ready, present]
     default: present
+  for_seconds:
+    description: For O(state=drained), seconds after which the gateway takes the engine back by itself, whatever becomes
+      of the caller. Above 0, such a drain is a loan; one that a person made is left as it is. 0 for no end.
+    type: float
+    default: 0
+  only_lent:
+    description: For O(state=ready), take back only what was drained with O(for_seconds), not what a person drained.
+    type: bool
+    default: false
+  served:
+    description: For O(state=drained), leave in use an engine that is the only one with its model, and refuse to drain
+      the last good one of several.
+    type: bool
+    default: false
+  models:
+    description: For O(state=present), the model that each port of the host is to serve. Fails when the gateway would
+      send it requests for another one.
+    type: dict
+    default: {}
   timeout_seconds:
     description: Seconds to wait for the end of the last request, or for the gateway to find the engine good.
     type: float
@@ -49,6 +69,14 @@ EXAMPLES = r"""
     name: "{{ inventory_hostname }}"
     state: drained
   delegate_to: gateway
+
+- name: The same for ten minutes, and never without another engine for its clients
+  selfhost.lmdeploy.gateway_server:
+    name: "{{ inventory_hostname }}"
+    state: drained
+    for_seconds: 600
+    served: true
+  delegate_to: gateway
 """
 
 RETURN = r"""
@@ -67,6 +95,12 @@ servers:
     is_drained:
       description: Whether it gets no new requests.
       type: bool
+    is_lent:
+      description: Whether it is drained for a while, after which the gateway takes it back by itself.
+      type: bool
+    is_spared:
+      description: Whether it stays in use since no other engine has its model.
+      type: bool
     is_up:
       description: Whether the gateway's check finds it good.
       type: bool
@@ -79,77 +113,83 @@ seconds:
   type: float
 """
 
-import csv
-import re
-import socket
+import contextlib
+import fcntl
+import subprocess
 import time
-from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.gateway import slug
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.haproxy import (
+    BACKEND,
+    SOCKET,
+    SocketFault,
+    ask,
+    servers,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 POLL_SECONDS = 0.1
-REPLY_SECONDS = 10.0
-# The backends of models; those of the interface are no engines.
-BACKEND = "model_"
-# Bits and values of `show servers state` (HAProxy's management guide).
-FORCED_MAINTENANCE = 0x01
-FORCED_DRAIN = 0x08
-STOPPED = "0"
+LOCK = Path("/run/gateway-server.lock")
+# What a timer runs: one command to HAProxy, said by nothing but the system's Python.
+SAY = (
+    "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(sys.argv[2].encode()); "
+    "s.recv(65536)"
+)
 
 
-class SocketFault(Exception):
-    """HAProxy does not answer, or refuses."""
+@contextlib.contextmanager
+def turn(path: Path = LOCK) -> Iterator[None]:
+    """Look and drain as one step: two callers could each see the other's engine in use, and drain both."""
+    with path.open("a", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
-def ask(path: str, command: str) -> str:
-    """Return what HAProxy answers to a command."""
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(REPLY_SECONDS)
-            connection.connect(path)
-            connection.sendall(f"{command}\n".encode())
-            pieces = []
-            while piece := connection.recv(65536):
-                pieces.append(piece)
-    except OSError as error:
-        message = f"HAProxy does not answer at {path}: {error}"
-        raise SocketFault(message) from error
-    return b"".join(pieces).decode(errors="replace").strip()
+class Loans:
+    """Drains that end by themselves: a transient timer of systemd for each. No name of an engine has a colon."""
 
+    def __init__(self, socket: str) -> None:
+        """Keep where HAProxy listens."""
+        self.socket = socket
 
-def servers(stat: str, state: str, name: str) -> list[dict[str, Any]]:
-    """Return the engines of a name, or of a host's name, from HAProxy's tables of figures and of states."""
-    pattern = re.compile(rf"{re.escape(name)}(-\d+)?")
-    figures = {(row["pxname"], row["svname"]): row for row in csv.DictReader(StringIO(stat.removeprefix("# ")))}
-    header, *lines = [line for line in state.splitlines() if " " in line]
-    columns = header.removeprefix("# ").split()
-    found = []
-    for line in lines:
-        row = dict(zip(columns, line.split(), strict=False))
-        figure = figures.get((row["be_name"], row["srv_name"]))
-        if figure is None or not row["be_name"].startswith(BACKEND) or not pattern.fullmatch(row["srv_name"]):
-            continue
-        found.append(
-            {
-                "backend": row["be_name"],
-                "name": row["srv_name"],
-                "is_drained": bool(int(row["srv_admin_state"]) & (FORCED_MAINTENANCE | FORCED_DRAIN)),
-                "is_up": row["srv_op_state"] != STOPPED,
-                "requests": int(figure["scur"] or 0) + int(figure["qcur"] or 0),
-            }
+    def run(self, *command: str) -> str:
+        """Run a command and return what it printed; a failure raises with what it said."""
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            message = f"{command[0]}: {(done.stderr or done.stdout).strip()}"
+            raise SocketFault(message)
+        return done.stdout
+
+    def timers(self, name: str = "*") -> list[str]:
+        """Return the timers of an engine, or of all."""
+        listed = self.run("systemctl", "list-units", "--plain", "--no-legend", f"gateway-return-{name}:*.timer")
+        return [line.split()[0] for line in listed.splitlines() if line.strip()]
+
+    def lent(self) -> set[str]:
+        """Return the engines that come back by themselves."""
+        return {timer.removeprefix("gateway-return-").partition(":")[0] for timer in self.timers()}
+
+    def lend(self, name: str, seconds: float, command: str) -> None:
+        """Have a command said in a while, in place of what was to be said of this engine before."""
+        before = self.timers(name)
+        unit = f"gateway-return-{name}:{time.time_ns()}"
+        self.run(
+            *("systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={seconds:.0f}s"),
+            *("--timer-property=AccuracySec=1s", "/usr/bin/python3", "-c", SAY, self.socket, f"{command}\n"),
         )
-    return found
+        if before:
+            self.run("systemctl", "stop", *before)
 
-
-def is_settled(server: dict[str, Any], state: str) -> bool:
-    """Tell whether an engine is where it is to be."""
-    if state == "drained":
-        return bool(server["is_drained"]) and server["requests"] == 0
-    return state == "present" or (bool(server["is_up"]) and not server["is_drained"])
+    def end(self, name: str) -> None:
+        """Take that back."""
+        timers = self.timers(name)
+        if timers:
+            self.run("systemctl", "stop", *timers)
 
 
 def told(found: list[dict[str, Any]]) -> str:
@@ -158,63 +198,178 @@ def told(found: list[dict[str, Any]]) -> str:
     return "".join(f"{server['name']}: {state[server['is_drained']]}\n" for server in found)
 
 
-def converge(params: dict[str, Any], say: Callable[[str], str], *, dry: bool) -> dict[str, Any]:
-    """Bring the engines to the wanted state and wait until they are there; ``say`` speaks with HAProxy."""
-    name, state = params["name"], params["state"]
-
-    def look() -> list[dict[str, Any]]:
-        return servers(say("show stat"), say("show servers state"), name)
-
-    before = look()
-    if not before:
-        message = f"the gateway has no engine called {name}, and none of a host of that name: run site.yml on it first"
-        raise SocketFault(message)
-    wanted = {"drained": True, "ready": False}.get(state)
-    differing = [] if wanted is None else [server for server in before if server["is_drained"] != wanted]
-    if dry:
-        after = [{**server, "is_drained": server["is_drained"] if wanted is None else wanted} for server in before]
-        diff = {"before": told(before), "after": told(after)}
-        return {"changed": bool(differing), "servers": before, "seconds": 0.0, "diff": diff}
-    for server in differing:
-        word = "drain" if wanted else "ready"
-        refusal = say(f"set server {server['backend']}/{server['name']} state {word}")
-        if refusal:
-            message = f"HAProxy refuses to set {server['name']} to {word}: {refusal}"
-            raise SocketFault(message)
-    began = time.monotonic()
-    after = look()
-    while not all(is_settled(server, state) for server in after):
-        if time.monotonic() - began > params["timeout_seconds"]:
-            late = ", ".join(
-                f"{server['name']} has {server['requests']} requests, check {'good' if server['is_up'] else 'bad'}"
-                for server in after
-                if not is_settled(server, state)
+def alone(mine: list[dict[str, Any]], everyone: list[dict[str, Any]]) -> set[str]:
+    """Return the engines whose model no other host has; raises for one whose others can't take its requests now."""
+    names, found = {server["name"] for server in mine}, set()
+    for server in mine:
+        others = [each for each in everyone if each["backend"] == server["backend"] and each["name"] not in names]
+        serves = server["is_up"] and not server["is_drained"]
+        if not others:
+            found.add(server["name"])
+        elif serves and not any(other["is_up"] and not other["is_drained"] for other in others):
+            how = ", ".join(
+                f"{other['name']} is {'drained' if other['is_drained'] else 'not good'}" for other in others
             )
-            message = f"not {state} within {params['timeout_seconds']:.0f} s (timeout_seconds): {late}"
+            message = (
+                f"{server['name']} is the last engine that serves {server['backend'].removeprefix(BACKEND)} ({how}); "
+                "without it clients get nothing. Mend or take back another one first, or change fewer hosts at once"
+            )
             raise SocketFault(message)
-        time.sleep(POLL_SECONDS)
-        after = look()
-    diff = {"before": told(before), "after": told(after)}
-    return {"changed": bool(differing), "servers": after, "seconds": time.monotonic() - began, "diff": diff}
+    return found
+
+
+def disagreements(name: str, found: list[dict[str, Any]], models: dict[str, str]) -> list[str]:
+    """Return where the gateway would send a host requests for another model, or none at all."""
+    backends = {server["name"]: server["backend"].removeprefix(BACKEND) for server in found}
+    wanted = {f"{slug(name)}-{port}": slug(model) for port, model in models.items()}
+    faults = []
+    for engine in sorted({*backends, *wanted}):
+        if engine not in wanted:
+            faults.append(f"{engine} is to go, and gets requests for {backends[engine]}")
+        elif engine not in backends:
+            faults.append(f"{engine} is new")
+        # Two models whose names become one have backends that differ in underscores at the end.
+        elif backends[engine].rstrip("_") != wanted[engine].rstrip("_"):
+            faults.append(f"{engine} is to serve {wanted[engine]}, and gets requests for {backends[engine]}")
+    return faults
+
+
+class Call:
+    """One call of the module; ``say`` speaks with HAProxy, ``loans`` with systemd."""
+
+    def __init__(self, params: dict[str, Any], say: Callable[[str], str], loans: Any) -> None:
+        """Ask for what is lent, and nothing else yet."""
+        self.params, self.say, self.loans = params, say, loans
+        self.name, self.state = params["name"], params["state"]
+        self.lent: set[str] = loans.lent()
+
+    def look(self, name: str) -> list[dict[str, Any]]:
+        """Return the engines of a name and how they stand."""
+        found = servers(self.say("show stat"), self.say("show servers state"), name)
+        return [{**server, "is_lent": server["is_drained"] and server["name"] in self.lent} for server in found]
+
+    def begin(self, *, dry: bool) -> dict[str, Any]:
+        """Bring the engines on their way to the wanted state; return the result so far."""
+        before = self.look(self.name)
+        if self.name and not before:
+            message = f"the gateway has no engine called {self.name}, and none of a host of that name"
+            raise SocketFault(f"{message}: run site.yml on it first")
+        faults = disagreements(self.name, before, self.params["models"]) if self.params["models"] else []
+        if faults:
+            raise SocketFault(f"the gateway does not know the engines that are to run: {'; '.join(faults)}")
+        spared = alone(before, self.look("")) if self.state == "drained" and self.params["served"] else set()
+        # What a person drained is no matter of a loan, neither at its begin nor at its end.
+        is_loan = self.params["for_seconds"] > 0 or self.params["only_lent"]
+        by_hand = {s["name"] for s in before if is_loan and s["is_drained"] and not s["is_lent"]}
+        mine = [server for server in before if server["name"] not in spared | by_hand]
+        wanted = {"drained": True, "ready": False}.get(self.state)
+        differing = [server for server in mine if wanted is not None and server["is_drained"] != wanted]
+        if not dry and self.state == "drained":
+            self.drain(mine, differing)
+        if not dry and self.state == "ready":
+            self.take_back(mine, differing)
+        will = {server["name"]: bool(wanted) for server in differing}
+        after = [{**server, "is_drained": will.get(server["name"], server["is_drained"])} for server in before]
+        found = [{**server, "is_spared": server["name"] in spared} for server in before]
+        waits = {server["name"] for server in before} - spared - (by_hand if self.state == "ready" else set())
+        diff = {"before": told(before), "after": told(after)}
+        return {"changed": bool(differing), "servers": found, "waits": waits, "seconds": 0.0, "diff": diff}
+
+    def drain(self, mine: list[dict[str, Any]], differing: list[dict[str, Any]]) -> None:
+        """Send the engines no new request."""
+        for server in mine if self.params["for_seconds"] > 0 else ():
+            # Before the drain, so that no kill of this process leaves one without an end.
+            back = f"set server {server['backend']}/{server['name']} state ready"
+            self.loans.lend(server["name"], self.params["for_seconds"], back)
+            self.lent.add(server["name"])
+        for server in differing:
+            self.set(server, "state drain")
+
+    def take_back(self, mine: list[dict[str, Any]], differing: list[dict[str, Any]]) -> None:
+        """Have the engines in use from the next good check on."""
+        for server in differing:
+            # What the check found before the engine was changed does not count: it is asked again.
+            self.set(server, "health down")
+            self.set(server, "state ready")
+        for name in self.lent & {server["name"] for server in mine}:
+            self.loans.end(name)
+            self.lent = self.lent - {name}
+
+    def set(self, server: dict[str, Any], words: str) -> None:
+        """Have HAProxy change an engine."""
+        refusal = self.say(f"set server {server['backend']}/{server['name']} {words}")
+        if refusal:
+            message = f"HAProxy refuses to set {server['name']} to {words}: {refusal}"
+            raise SocketFault(message)
+
+    def is_settled(self, server: dict[str, Any]) -> bool:
+        """Tell whether an engine is where it is to be."""
+        if self.state == "drained":
+            return bool(server["is_drained"]) and server["requests"] == 0
+        return self.state == "present" or (bool(server["is_up"]) and not server["is_drained"])
+
+    def end(self, begun: dict[str, Any]) -> dict[str, Any]:
+        """Wait until the engines are there; return the whole result."""
+        began, limit, waits = time.monotonic(), self.params["timeout_seconds"], begun.pop("waits")
+        while True:
+            after = self.look(self.name)
+            late = [server for server in after if server["name"] in waits and not self.is_settled(server)]
+            if not late:
+                break
+            if time.monotonic() - began > limit:
+                how = ", ".join(
+                    f"{server['name']} has {server['requests']} requests, check {'good' if server['is_up'] else 'bad'}"
+                    for server in late
+                )
+                message = f"not {self.state} within {limit:.0f} s (timeout_seconds): {how}"
+                raise SocketFault(message)
+            time.sleep(POLL_SECONDS)
+        spared = {server["name"] for server in begun["servers"] if server["is_spared"]}
+        found = [{**server, "is_spared": server["name"] in spared} for server in after]
+        diff = {**begun["diff"], "after": told(after)}
+        return {**begun, "servers": found, "seconds": time.monotonic() - began, "diff": diff}
+
+
+def converge(params: dict[str, Any], say: Callable[[str], str], loans: Any, *, dry: bool) -> dict[str, Any]:
+    """Bring the engines to the wanted state and wait until they are there."""
+    call = Call(params, say, loans)
+    if dry or params["state"] != "drained":
+        begun = call.begin(dry=dry)
+    else:
+        with turn(LOCK):
+            begun = call.begin(dry=False)
+    if dry:
+        begun.pop("waits")
+        return begun
+    return call.end(begun)
 
 
 def main() -> None:
     """Run as an Ansible module."""
     module = AnsibleModule(
         argument_spec={
-            "name": {"type": "str", "required": True},
+            "name": {"type": "str", "default": ""},
             "state": {"type": "str", "choices": ["drained", "ready", "present"], "default": "present"},
+            "for_seconds": {"type": "float", "default": 0.0},
+            "only_lent": {"type": "bool", "default": False},
+            "served": {"type": "bool", "default": False},
+            "models": {"type": "dict", "default": {}},
             "timeout_seconds": {"type": "float", "default": 300.0},
-            "socket": {"type": "path", "default": "/run/gateway/admin.sock"},
+            "socket": {"type": "path", "default": SOCKET},
         },
         supports_check_mode=True,
     )
+    params = module.params
+    if params["state"] != "present" and not params["name"]:
+        module.fail_json(msg=f"state is {params['state']}, which needs a name: of an engine, or of a host")
     try:
-        result = converge(module.params, lambda command: ask(module.params["socket"], command), dry=module.check_mode)
+        result = converge(
+            params, lambda command: ask(params["socket"], command), Loans(params["socket"]), dry=module.check_mode
+        )
     except SocketFault as fault:
-        if module.check_mode:
+        if module.check_mode and not Path(params["socket"]).exists():
             module.exit_json(changed=False, servers=[], seconds=0.0)
-        module.fail_json(msg=f"{module.params['name']}: {fault}")
+        module.fail_json(msg=f"{params['name'] or 'gateway'}: {fault}")
     module.exit_json(**result)
 
 

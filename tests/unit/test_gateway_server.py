@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.haproxy import SocketFault
 from ansible_collections.selfhost.lmdeploy.plugins.modules import gateway_server
 
 
@@ -30,19 +32,43 @@ class HAProxy:
             return "\n".join(["1", head, *rows])
         self.said.append(command)
         backend, name = command.split()[2].split("/")
-        self.admin[backend, name] = 8 if command.endswith("drain") else 0
+        if " state " in command:
+            self.admin[backend, name] = 8 if command.endswith("drain") else 0
         return ""
 
 
+class Loans:
+    """systemd's timers: what each engine's says when its time comes."""
+
+    def __init__(self) -> None:
+        """Have none."""
+        self.said: dict[str, tuple[float, str]] = {}
+
+    def lent(self) -> set[str]:
+        """Return the engines that have one."""
+        return set(self.said)
+
+    def lend(self, name: str, seconds: float, command: str) -> None:
+        """Set one."""
+        self.said[name] = (seconds, command)
+
+    def end(self, name: str) -> None:
+        """Stop one."""
+        del self.said[name]
+
+
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gateway_server, "POLL_SECONDS", 0)
+    monkeypatch.setattr(gateway_server, "LOCK", tmp_path / "lock")
 
 
-def converge(proxy: HAProxy, name: str, state: str, *, dry: bool = False, timeout: float = 5) -> dict[str, Any]:
+def converge(
+    proxy: HAProxy, name: str, state: str, *, dry: bool = False, loans: Loans | None = None, **more: Any
+) -> dict[str, Any]:
     """Run the module's work against a socket."""
-    params = {"name": name, "state": state, "timeout_seconds": timeout}
-    return gateway_server.converge(params, proxy.say, dry=dry)
+    params = {"timeout_seconds": 5, "for_seconds": 0, "only_lent": False, "served": False, "models": {}, **more}
+    return gateway_server.converge({"name": name, "state": state, **params}, proxy.say, loans or Loans(), dry=dry)
 
 
 def test_a_drain_waits_for_the_last_request_and_is_done_once() -> None:
@@ -67,15 +93,15 @@ def test_a_return_waits_for_the_check() -> None:
     proxy = HAProxy(("model_m", "gpu-1-9"))
     converge(proxy, "gpu-1-9", "drained")
     proxy.state["model_m", "gpu-1-9"] = 0
-    with pytest.raises(gateway_server.SocketFault, match="check bad"):
-        converge(proxy, "gpu-1-9", "ready", timeout=0)
+    with pytest.raises(SocketFault, match="check bad"):
+        converge(proxy, "gpu-1-9", "ready", timeout_seconds=0)
     proxy.state["model_m", "gpu-1-9"] = 2
     assert converge(proxy, "gpu-1-9", "ready")["servers"][0]["is_up"]
 
 
 def test_a_drain_that_does_not_end_says_who_is_left() -> None:
-    with pytest.raises(gateway_server.SocketFault, match=r"gpu-1-9 has 2 requests"):
-        converge(HAProxy(("model_m", "gpu-1-9"), requests=(2,)), "gpu-1", "drained", timeout=0)
+    with pytest.raises(SocketFault, match=r"gpu-1-9 has 2 requests"):
+        converge(HAProxy(("model_m", "gpu-1-9"), requests=(2,)), "gpu-1", "drained", timeout_seconds=0)
 
 
 def test_check_mode_tells_and_touches_nothing() -> None:
@@ -90,7 +116,7 @@ def test_only_looking_changes_nothing() -> None:
 
 
 def test_a_name_that_is_not_there_is_a_fault() -> None:
-    with pytest.raises(gateway_server.SocketFault, match="no engine called gpu-7"):
+    with pytest.raises(SocketFault, match="no engine called gpu-7"):
         converge(HAProxy(("model_m", "gpu-1-9")), "gpu-7", "drained")
 
 
@@ -100,5 +126,83 @@ def test_what_haproxy_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         proxy, "say", lambda command: say(command) if command.startswith("show") else "Permission denied"
     )
-    with pytest.raises(gateway_server.SocketFault, match="refuses to set gpu-1-9 to drain: Permission denied"):
+    with pytest.raises(SocketFault, match="refuses to set gpu-1-9 to state drain: Permission denied"):
         converge(proxy, "gpu-1", "drained")
+
+
+TWO = (("model_m", "gpu-1-9"), ("model_m", "gpu-2-9"))
+
+
+def test_a_loan_has_its_end_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy, loans = HAProxy(*TWO), Loans()
+    monkeypatch.setattr(proxy, "say", lambda command, say=proxy.say: say(command) if "drain" not in command else "no")
+    with pytest.raises(SocketFault):
+        converge(proxy, "gpu-1", "drained", loans=loans, for_seconds=60)
+    assert loans.said == {"gpu-1-9": (60, "set server model_m/gpu-1-9 state ready")}
+
+
+def test_a_loan_is_given_back_and_lent_anew() -> None:
+    proxy, loans = HAProxy(*TWO), Loans()
+    assert converge(proxy, "gpu-1", "drained", loans=loans, for_seconds=60)["servers"][0]["is_lent"]
+    again = converge(proxy, "gpu-1", "drained", loans=loans, for_seconds=90)
+    assert not again["changed"]
+    assert loans.said["gpu-1-9"][0] == 90
+    assert converge(proxy, "gpu-1", "ready", loans=loans, only_lent=True)["changed"]
+    assert loans.said == {}
+    assert not proxy.admin["model_m", "gpu-1-9"]
+
+
+def test_what_a_person_drained_is_no_loan() -> None:
+    proxy, loans = HAProxy(*TWO), Loans()
+    converge(proxy, "gpu-1", "drained")
+    assert not converge(proxy, "gpu-1", "drained", loans=loans, for_seconds=60)["changed"]
+    assert loans.said == {}
+    assert not converge(proxy, "gpu-1", "ready", loans=loans, only_lent=True)["changed"]
+    assert proxy.admin["model_m", "gpu-1-9"]
+    assert converge(proxy, "gpu-1", "ready", loans=loans)["changed"]
+
+
+def test_a_return_does_not_believe_the_check_from_before() -> None:
+    proxy = HAProxy(("model_m", "gpu-1-9"))
+    converge(proxy, "gpu-1", "drained")
+    converge(proxy, "gpu-1", "ready")
+    assert proxy.said[1:] == ["set server model_m/gpu-1-9 health down", "set server model_m/gpu-1-9 state ready"]
+
+
+def test_an_engine_without_another_one_stays_in_use() -> None:
+    proxy = HAProxy(("model_m", "gpu-1-9"), ("model_n", "gpu-1-8"), ("model_n", "gpu-2-8"))
+    done = converge(proxy, "gpu-1", "drained", served=True)
+    assert [(s["name"], s["is_drained"], s["is_spared"]) for s in done["servers"]] == [
+        ("gpu-1-9", False, True),
+        ("gpu-1-8", True, False),
+    ]
+
+
+def test_the_last_good_engine_is_not_drained() -> None:
+    proxy = HAProxy(*TWO)
+    converge(proxy, "gpu-1", "drained", served=True)
+    with pytest.raises(SocketFault, match=r"gpu-2-9 is the last engine that serves m \(gpu-1-9 is drained\)"):
+        converge(proxy, "gpu-2", "drained", served=True)
+    converge(proxy, "gpu-1", "ready")
+    proxy.state["model_m", "gpu-1-9"] = 0
+    with pytest.raises(SocketFault, match="gpu-1-9 is not good"):
+        converge(proxy, "gpu-2", "drained", served=True)
+    # One that serves nobody may go.
+    assert converge(proxy, "gpu-1", "drained", served=True)["changed"]
+
+
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        ({"9": "n"}, "gpu-1-9 is to serve n, and gets requests for m"),
+        ({"8": "m"}, "gpu-1-8 is new; gpu-1-9 is to go"),
+    ],
+)
+def test_a_host_that_would_serve_what_the_gateway_does_not_know_is_refused(models: dict[str, str], told: str) -> None:
+    assert converge(HAProxy(*TWO), "gpu-1", "present", models={"9": "m"})["changed"] is False
+    with pytest.raises(SocketFault, match=told):
+        converge(HAProxy(*TWO), "gpu-1", "present", models=models)
+
+
+def test_all_engines_are_told_without_a_name() -> None:
+    assert len(converge(HAProxy(*TWO), "", "present")["servers"]) == 2
