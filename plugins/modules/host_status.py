@@ -12,8 +12,8 @@ version_added: 1.0.0
 author:
   - The selfhost.lmdeploy maintainers (@selfhost)
 description:
-  - Reads what the roles api_server and open_webui left on the host, asks systemd for the state of each unit and each
-    service for its health. Needs no variable of these roles, changes nothing, and returns no secret.
+  - Reads what the roles api_server, gateway and open_webui left on the host, asks systemd for each unit and
+    each service for its health. Needs no variable of these roles, changes nothing, and returns no secret.
 options:
   timeout_seconds:
     description: Seconds that a service has for its health answer.
@@ -43,7 +43,7 @@ services:
       type: str
       sample: api-server.service
     program:
-      description: What runs; C(lmdeploy), C(llama_cpp) or C(open_webui).
+      description: What runs; C(lmdeploy), C(llama_cpp), C(haproxy) or C(open_webui).
       type: str
     version:
       description: Version of the program, empty where its environment is gone.
@@ -69,13 +69,13 @@ services:
       description: ID of a release whose switch is not finished; empty otherwise.
       type: str
     model:
-      description: Name of the model that an engine serves.
+      description: Name of the model that an engine serves; of a gateway, all names with commas between them.
       type: str
     model_path:
       description: Where the weights are.
       type: str
     url:
-      description: Where the host itself reaches the service.
+      description: Where the host itself reaches the service; of a gateway, its door without TLS.
       type: str
       sample: http://127.0.0.1:23333
     state:
@@ -92,10 +92,16 @@ services:
       description: Whether it starts at boot.
       type: bool
     healthy:
-      description: Whether its health page answers with 200.
+      description: Whether its health page answers with 200; of a gateway, whether HAProxy answers and has a good engine
+        for every model.
       type: bool
+    engines:
+      description: Of a gateway, the engines behind it, as M(selfhost.lmdeploy.gateway_server) tells them.
+      type: list
+      elements: dict
     gate:
-      description: The last that an engine's launcher said about its answers, and the last gate of its release.
+      description: The last that an engine's launcher said about its answers, and the last gate of its release; of a
+        gateway, its engines for people.
       type: str
       sample: "Serving SmolLM2-135M-Instruct: ready after 1.2 s; gate passed 2026-11-25T04:00:00+00:00: ready in 1.9 s,
         answer in 0.2 s, 101 tokens/s"
@@ -108,15 +114,22 @@ import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import url
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine_releases import Releases, gate_text
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.haproxy import SOCKET, SocketFault, ask, servers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 UNITS = Path("/etc/systemd/system")
 ENGINES = Path("/etc/api-server")
 INTERFACE = "open-webui.service"
+GATEWAY = "haproxy.service"
+# What the role gateway leaves; another HAProxy is none of ours.
+GATEWAY_CONFIG = Path("/etc/gateway/haproxy.cfg")
 # What the module lmdeploy_release leaves in a release.
 PROOF = "lmdeploy.json"
 # Program -> the Python package whose version is the program's.
@@ -208,12 +221,62 @@ def service(unit: str, shown: dict[str, str], engines: Path, timeout_seconds: fl
         "release": release or environment,
         "environment": environment,
         "pending": str(releases.pending().get("to", "")),
+        **standing_of_unit(shown),
+        "healthy": bool(known["url"]) and is_healthy(known["url"], timeout_seconds),
+    }
+
+
+def gateway(shown: dict[str, str], config: str, say: Callable[[str], str]) -> dict[str, Any]:
+    """Return everything about the gateway; ``config`` is its configuration, ``say`` speaks with HAProxy."""
+    port = re.search(r"^ *bind 127\.0\.0\.1:(\d+)$", config, re.MULTILINE)
+    try:
+        version = re.search(r"^Version: (\S+)", say("show info"), re.MULTILINE)
+        engines = servers(say("show stat"), say("show servers state"))
+        backends = {engine["backend"] for engine in engines}
+        used = {engine["backend"] for engine in engines if engine["is_up"] and not engine["is_drained"]}
+        said, healthy = ", ".join(f"{engine['name']} {standing(engine)}" for engine in engines), backends == used
+    except SocketFault as fault:
+        version, engines, said, healthy = None, [], str(fault), False
+    return {
+        "unit": GATEWAY,
+        "program": "haproxy",
+        "version": version[1] if version else "",
+        "model": ", ".join(re.findall(r"^ *use_backend \S+ if .* -- (\S+) }$", config, re.MULTILINE)),
+        "model_path": "",
+        "gpus": "",
+        "url": f"http://127.0.0.1:{port[1]}" if port else "",
+        "libraries": {},
+        "release": "",
+        "environment": "",
+        "pending": "",
+        "gate": said,
+        "engines": engines,
+        **standing_of_unit(shown),
+        "healthy": healthy,
+    }
+
+
+def standing(engine: dict[str, Any]) -> str:
+    """Return how an engine stands at the gateway."""
+    if engine["is_drained"]:
+        return "drained"
+    return "in use" if engine["is_up"] else "not good"
+
+
+def standing_of_unit(shown: dict[str, str]) -> dict[str, Any]:
+    """Return what systemd says of a unit."""
+    return {
         "state": shown.get("ActiveState", "unknown"),
         "since": shown.get("ActiveEnterTimestamp", ""),
         "restarts": int(shown.get("NRestarts") or 0),
         "enabled": shown.get("UnitFileState") == "enabled",
-        "healthy": bool(known["url"]) and is_healthy(known["url"], timeout_seconds),
     }
+
+
+def show(unit: str) -> dict[str, str]:
+    """Return what systemd knows of a unit."""
+    command = ["systemctl", "show", f"--property={','.join(PROPERTIES)}", unit]
+    return properties(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
 
 
 def main() -> None:
@@ -221,15 +284,12 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={"timeout_seconds": {"type": "float", "default": 3.0}}, supports_check_mode=True
     )
-    services = []
-    for path in sorted([*UNITS.glob("api-server*.service"), *UNITS.glob(INTERFACE)]):
-        done = subprocess.run(
-            ["systemctl", "show", f"--property={','.join(PROPERTIES)}", path.name],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        services.append(service(path.name, properties(done.stdout), ENGINES, module.params["timeout_seconds"]))
+    limit = module.params["timeout_seconds"]
+    units = sorted(path.name for path in [*UNITS.glob("api-server*.service"), *UNITS.glob(INTERFACE)])
+    services = [service(unit, show(unit), ENGINES, limit) for unit in units]
+    if GATEWAY_CONFIG.exists():
+        config = GATEWAY_CONFIG.read_text(encoding="utf-8")
+        services.append(gateway(show(GATEWAY), config, lambda command: ask(SOCKET, command)))
     module.exit_json(changed=False, services=services)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.filter.status_table import status_table
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.haproxy import SocketFault
 from ansible_collections.selfhost.lmdeploy.plugins.modules import host_status
 
 EXEC = "{{ path={0} ; argv[]={0} {1} ; ignore_errors=no ; start_time=[n/a] ; status=0/0 }}"
@@ -141,3 +142,40 @@ def test_the_table_has_a_line_for_each_service_and_for_hosts_without(tmp_path: P
     assert lines[4].endswith("could not be asked")
     assert lines[5:] == ["lmdeploy 0.18.0 0123456789ab loads libnccl.so.2 (nvidia-nccl-cu12 2.27.5)"]
     assert len({line.index(one["url"]) for line in lines[1:3]} | {lines[0].index("ADDRESS")}) == 1
+
+
+CONFIG = """
+frontend gateway
+    bind *:443 ssl crt /etc/gateway/gateway.pem alpn h2,http/1.1
+    bind 127.0.0.1:8444
+    use_backend model_m if is_api { var(txn.model) -m str -- m }
+    use_backend model_o-n if is_api { var(txn.model) -m str -- o/n }
+frontend metrics
+    bind 127.0.0.1:8405
+"""
+
+
+@pytest.mark.parametrize(
+    ("admin", "state", "said", "healthy"),
+    [(0, 2, "gpu-1-9 in use", True), (8, 2, "gpu-1-9 drained", False), (0, 0, "gpu-1-9 not good", False)],
+)
+def test_a_gateway_tells_its_engines(admin: int, state: int, said: str, healthy: bool) -> None:
+    answers = {
+        "show info": "Name: HAProxy\nVersion: 2.6.12-1\n",
+        "show stat": "# pxname,svname,qcur,scur,\nmodel_m,gpu-1-9,0,1,\n",
+        "show servers state": "1\n# be_id be_name srv_id srv_name srv_op_state srv_admin_state\n"
+        f"3 model_m 1 gpu-1-9 {state} {admin}\n",
+    }
+    found = host_status.gateway({"ActiveState": "active", "UnitFileState": "enabled"}, CONFIG, answers.__getitem__)
+    assert (found["version"], found["url"], found["model"]) == ("2.6.12-1", "http://127.0.0.1:8444", "m, o/n")
+    assert (found["gate"], found["healthy"], found["state"]) == (said, healthy, "active")
+    assert " ".join(status_table({"door": [found]}).splitlines()[1].split()).startswith("door haproxy active")
+
+
+def test_a_gateway_that_does_not_answer_is_told() -> None:
+    def silent(_: str) -> str:
+        message = "HAProxy does not answer"
+        raise SocketFault(message)
+
+    found = host_status.gateway({}, CONFIG, silent)
+    assert (found["healthy"], found["gate"], found["engines"]) == (False, "HAProxy does not answer", [])
