@@ -41,7 +41,10 @@ CHANGES: dict[str, dict[str, Any]] = {
             }
         ]
     },
-    "version": {"llama_cpp_lock": str(ROOT / "molecule/fleet/locks/xllamacpp-before.txt")},
+    "version": {
+        "llama_cpp_version": "2026.9.11063",
+        "llama_cpp_lock": str(ROOT / "molecule/fleet/locks/xllamacpp-before.txt"),
+    },
 }
 
 
