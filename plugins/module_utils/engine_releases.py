@@ -403,8 +403,17 @@ class Releases:
     def is_stale(self, shown: dict[str, str]) -> bool:
         """Tell whether unit or key changed after the unit's process started."""
         moment = started_at(shown)
-        files = [path for path in (self.unit_file, self.key_file) if path.exists()]
-        return moment is not None and any(path.stat().st_mtime > moment for path in files)
+        return moment is not None and any(path.stat().st_mtime > moment for path in self.read_at_start())
+
+    def read_at_start(self) -> list[Path]:
+        """Return what the unit's process was started from and is not part of a release."""
+        return [path for path in (self.unit_file, self.key_file) if path.exists()]
+
+    def bring_to_present(self) -> None:
+        """Give files of the future the present time: after a clock that was ahead they'd be newer than each process."""
+        for path in self.read_at_start():
+            if path.stat().st_mtime > time.time():
+                os.utime(path)
 
     # -- building -------------------------------------------------------------------------
 
@@ -486,6 +495,7 @@ class Releases:
         try:
             shown = self.manager.show(self.unit)
             action = "restart" if self.is_stale(shown) else "start"
+            self.bring_to_present()
             try:
                 self.manager.have(self.unit, action)
             except ReleaseFault as fault:

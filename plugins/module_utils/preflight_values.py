@@ -49,6 +49,7 @@ HOSTILE = (
     (re.compile(r"\{\{|\{%|\{#"), "the start of a template"),
     (re.compile(r"%"), "a percent sign"),
     (re.compile(r"[\\$]"), "a backslash or a dollar sign"),
+    (re.compile(r"^-"), "a dash at its start"),
 )
 # Never a folder of ours.
 SYSTEM_FOLDER = re.compile(

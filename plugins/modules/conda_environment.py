@@ -399,9 +399,9 @@ class Environment:
         lock = Path(self.module.params["lock"])
         wanted = parse_lock(lock.read_text(encoding="utf-8"))
         try:
-            self.call(self.create_command(folder))
+            self.call(self.create_command(folder), "the channels (mirrors_conda_channels)")
             if wanted:
-                self.call(self.install_command(folder, lock))
+                self.call(self.install_command(folder, lock), "the package index (mirrors_pip_index_url)")
             marker = self.marker_for(identity, folder, wanted)
             write_marker(folder, marker)
         except BaseException:
@@ -447,7 +447,8 @@ class Environment:
             new.parent.mkdir(mode=0o755, exist_ok=True)
             self.call(
                 [self.base / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes",
-                 "--only-binary", ":all:", "--cache-dir", self.cache / "pip", "--target", new, "--requirement", path]
+                 "--only-binary", ":all:", "--cache-dir", self.cache / "pip", "--target", new, "--requirement", path],
+                "the package index (mirrors_pip_index_url)",
             )  # fmt: skip
             shutil.rmtree(folder, ignore_errors=True)
             new.rename(folder)
@@ -475,8 +476,8 @@ class Environment:
             "site_packages": str(site_packages.relative_to(folder)),
         }
 
-    def call(self, command: list[Any]) -> None:
-        """Run a program to its end; its last lines go into the failure."""
+    def call(self, command: list[Any], source: str) -> None:
+        """Run a program to its end; its last lines, and where it fetches from, go into the failure."""
         words = [str(word) for word in command]
         with subprocess.Popen(
             words,
@@ -499,7 +500,9 @@ class Environment:
                 raise
         if process.returncode != 0:
             lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
-            message = "\n".join([f"`{' '.join(words)}` failed ({process.returncode}):", *lines[-SHOWN_LINES:]])
+            way_out = f"Nothing of the build is left. See that this host reaches {source} and has room, then run again."
+            heading = f"`{' '.join(words)}` failed ({process.returncode}):"
+            message = "\n".join([heading, *lines[-SHOWN_LINES:], way_out])
             raise BuildError(without_credentials(message))
 
 

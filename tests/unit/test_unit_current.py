@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,19 @@ def test_a_changed_service_of_a_timer_is_read(monkeypatch: pytest.MonkeyPatch, r
     params = {"name": "app.timer", "state": "started", "enabled": True, "files": [], "reloaded_files": []}
     found = unit_current.converge({**params, "restarted": False, "reloaded": False}, dry=True)
     assert found["actions"] == actions
+
+
+def test_a_file_of_the_future_restarts_once(file: Path) -> None:
+    """A clock that was a year ahead: compared with such a file every process would be old for a year."""
+    link = file.with_name("current")
+    link.symlink_to(file)
+    for path in (file, link):
+        os.utime(path, (time.time() + 3e7, time.time() + 3e7), follow_symlinks=False)
+    unit_current.bring_to_present([str(file), str(link), "", "/does/not/exist"])
+    assert all(abs(path.lstat().st_mtime - time.time()) < 60 for path in (file, link))
+
+
+def test_a_file_of_the_past_keeps_its_time(file: Path) -> None:
+    os.utime(file, (1e9, 1e9))
+    unit_current.bring_to_present([str(file)])
+    assert file.stat().st_mtime == 1e9

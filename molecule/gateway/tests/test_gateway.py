@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import figures
 import pytest
 import testinfra
 
@@ -391,6 +392,7 @@ def test_prometheus_finds_figures_on_this_host_only(host: Any) -> None:
 
 def test_others_see_two_ports(client: Client) -> None:
     found = other(SECOND).check_output("python3 -c %s %s", SCAN, client.address)
+    figures.note("ports", open_from_another_host=[int(word) for word in found.split()])
     assert found.split() == ["22", "443"]
 
 

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import figures
 import pytest
 import yaml
 from generate import HOSTILE
@@ -156,6 +157,7 @@ def test_every_unit_is_as_closed_as_promised(host: Host) -> None:
         found[unit] = float(score[1])
         assert host.check_output(f"systemctl show -P User {unit}") not in ("", "root"), f"{unit} runs as root"
     print(f"systemd-analyze security: {found}")
+    figures.note("units", scores=found)
     assert set(SCORES) <= set(found)
     assert {unit: score for unit, score in found.items() if score > SCORES.get(unit, OTHERS)} == {}
 

@@ -179,7 +179,8 @@ def main() -> int:
     """Pull once and tell how it ended."""
     credentials = Path(os.environ["CREDENTIALS_DIRECTORY"])
     settings = json.loads((credentials / "settings.json").read_text(encoding="utf-8"))
-    began, commit, counted, reason = time.time(), "", {}, ""
+    counted: dict[str, int] = {}
+    began, commit, reason = time.time(), "", ""
     try:
         is_folder = settings["source"].startswith("/")
         commit = from_folder(settings) if is_folder else from_git(settings, credentials)

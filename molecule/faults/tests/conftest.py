@@ -1,0 +1,22 @@
+"""Counts the faults for `script/bench trust`: each test is one, but for those that cut at many moments."""
+
+from __future__ import annotations
+
+import figures
+import pytest
+
+FATES: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember how a test ended; one that was left out is no fault."""
+    name = report.nodeid.partition("::")[2]
+    if "at_any_moment" not in name and not report.skipped and (report.when == "call" or report.failed):
+        FATES[name] = "survived" if report.passed else "not survived"
+
+
+def pytest_sessionfinish() -> None:
+    """Keep the figures."""
+    if FATES:
+        survived = [name for name, fate in FATES.items() if fate == "survived"]
+        figures.note("faults", tried=len(FATES), survived=len(survived), fates=FATES)

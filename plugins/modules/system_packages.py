@@ -1,0 +1,270 @@
+#!/usr/bin/python
+# Copyright: the selfhost.lmdeploy maintainers
+# Apache-2.0 (see LICENSE)
+"""Have packages of the distribution, also after an installation that was cut off."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: system_packages
+short_description: Have packages of the distribution, also after an installation that was cut off
+version_added: 1.0.0
+author:
+  - The selfhost.lmdeploy maintainers (@selfhost)
+description:
+  - A host that has the packages is recognised by one call of C(dpkg-query); nothing needs python3-apt, so check mode is
+    true on a bare host too.
+  - A package counts as there when it is unpacked and configured. What a power cut or a kill left between the two is
+    finished first, which C(apt-get) alone refuses to do.
+  - Waits while another program, unattended upgrades for example, holds the locks of apt or dpkg.
+options:
+  names:
+    description: Names of the packages.
+    type: list
+    elements: str
+    required: true
+  state:
+    description: Whether the packages are there, or removed with their configuration.
+    type: str
+    choices: [present, absent]
+    default: present
+  lists_seconds:
+    description: Package lists older than this are read anew before something is installed.
+    type: int
+    default: 86400
+  timeout_seconds:
+    description: How long the whole may take, waiting for locks included.
+    type: int
+    default: 900
+attributes:
+  check_mode:
+    description: Says what would be installed or removed.
+    support: full
+  diff_mode:
+    description: Shows the packages that change.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Have HAProxy
+  selfhost.lmdeploy.system_packages:
+    names: [haproxy]
+"""
+
+RETURN = r"""
+packages:
+  description: What was installed, finished or removed.
+  returned: success
+  type: list
+  elements: str
+  sample: [haproxy]
+repaired:
+  description: Whether an installation that was cut off before was finished.
+  returned: success
+  type: bool
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+LISTS = Path("/var/lib/apt/lists")
+STAMPS = (LISTS, Path("/var/lib/apt/periodic/update-success-stamp"))
+# dpkg's journal: whoever finds entries here is to run `dpkg --configure -a` before anything else.
+UPDATES = Path("/var/lib/dpkg/updates")
+ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "DEBIAN_PRIORITY": "critical", "LC_ALL": "C"}
+LOCKED = (
+    "Could not get lock",
+    "Unable to lock",
+    "Unable to acquire",
+    "is another process using it",
+    "locked by another",
+)
+# The lists no longer say what the mirror has.
+OUTDATED = (
+    "Unable to locate package",
+    "has no installation candidate",
+    "Unable to fetch some archives",
+    "404  Not Found",
+)
+SHOWN_LINES = 12
+WAIT_SECONDS = 2.0
+
+
+class PackageError(Exception):
+    """The packages can't be had; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a program ended."""
+
+    code: int
+    text: str
+
+
+Runner = Callable[[list[str]], Said]
+
+
+def run(command: list[str]) -> Said:
+    """Run a program to its end."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    return Said(done.returncode, done.stdout)
+
+
+def last_lines(text: str) -> str:
+    """Return the end of an output, without empty lines."""
+    return "\n".join([line for line in text.splitlines() if line.strip()][-SHOWN_LINES:])
+
+
+class Packages:
+    """Packages of one host. ``call`` starts programs, ``clock`` and ``sleep`` tell and pass the time."""
+
+    def __init__(
+        self,
+        timeout_seconds: int,
+        call: Runner = run,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Nothing is looked at yet."""
+        self.call, self.clock, self.sleep = call, clock, sleep
+        self.deadline = clock() + timeout_seconds
+        self.timeout_seconds = timeout_seconds
+
+    def states(self, names: list[str]) -> dict[str, str]:
+        """Return dpkg's word for each package: `installed`, `unpacked`, `half-configured` and so on."""
+        shown = "--showformat=${Package} ${db:Status-Status}\n"
+        # It ends with 1 where it does not know one of them.
+        lines = self.call(["dpkg-query", "--show", shown, *names]).text.splitlines()
+        found = dict.fromkeys(names, "not-installed")
+        for words in (line.split() for line in lines):
+            # With several architectures one that is whole is enough.
+            if len(words) == 2 and words[0] in found and found[words[0]] != "installed":
+                found[words[0]] = words[1]
+        return found
+
+    def patiently(self, command: list[str]) -> Said:
+        """Run a program again while somebody else holds the locks."""
+        while True:
+            said = self.call(command)
+            if said.code == 0 or not any(word in said.text for word in LOCKED):
+                return said
+            if self.clock() > self.deadline:
+                raise PackageError(
+                    f"Another program has held the locks of apt for {self.timeout_seconds} s: wait until it is done "
+                    f"(`fuser -v /var/lib/dpkg/lock-frontend` names it), then run again.\n{last_lines(said.text)}"
+                )
+            self.sleep(WAIT_SECONDS)
+
+    def apt(self, *words: str) -> Said:
+        """Run apt-get without questions; configuration files that were changed stay."""
+        options = ["-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=60"]
+        options += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
+        return self.patiently(["apt-get", "--quiet", "--yes", *options, *words])
+
+    def was_cut(self) -> bool:
+        """Tell whether an installation on this host was cut off."""
+        entries = UPDATES.iterdir() if UPDATES.is_dir() else iter(())
+        return any(entry.name.isdigit() for entry in entries) or bool(self.call(["dpkg", "--audit"]).text.strip())
+
+    def repair(self) -> None:
+        """Finish what was cut off. What this can't mend the installation after it names."""
+        self.patiently(["dpkg", "--force-confdef", "--force-confold", "--configure", "-a"])
+        self.apt("--fix-broken", "install")
+
+    def install(self, names: list[str], lists_seconds: int) -> None:
+        """Install packages, with lists that are new enough."""
+        words = ["--no-install-recommends", "install", *names]
+        update = Said(0, "")
+        fresh = lists_age() > lists_seconds
+        if fresh:
+            update = self.apt("update")
+        said = self.apt(*words)
+        if said.code != 0 and not fresh and any(word in said.text for word in OUTDATED):
+            update = self.apt("update")
+            said = self.apt(*words)
+        if said.code != 0:
+            advice = "see that this host reaches the mirrors in /etc/apt and has room on its disk, then run again"
+            parts = [f"apt-get can't install {', '.join(names)}: {advice}. It said:", last_lines(said.text)]
+            if update.code != 0 or "Failed to fetch" in update.text:
+                parts += ["Before that its lists could not be read:", last_lines(update.text)]
+            raise PackageError("\n".join(parts))
+
+
+def lists_age() -> float:
+    """Return how old the package lists are, in seconds; without any they are infinitely old."""
+    times = [path.stat().st_mtime for path in STAMPS if path.exists()]
+    if not times or not any(LISTS.glob("*Packages*")):
+        return float("inf")
+    return time.time() - max(times)
+
+
+def converge(params: dict[str, Any], packages: Packages, *, dry: bool) -> dict[str, Any]:
+    """Have or remove the packages; with ``dry`` only say so."""
+    names = list(dict.fromkeys(params["names"]))
+    is_wanted = params["state"] == "present"
+    before = packages.states(names) if names else {}
+    good = ("installed",) if is_wanted else ("not-installed",)
+    due = [name for name in names if before[name] not in good]
+    repaired = False
+    if due and not dry:
+        repaired = packages.was_cut()
+        if repaired:
+            packages.repair()
+        if is_wanted:
+            packages.install(due, params["lists_seconds"])
+        else:
+            said = packages.apt("purge", *due)
+            if said.code != 0:
+                raise PackageError(f"apt-get can't remove {', '.join(due)}:\n{last_lines(said.text)}")
+        left = {name: state for name, state in packages.states(due).items() if state not in good}
+        if left:
+            shown = ", ".join(f"{name} is {state}" for name, state in left.items())
+            raise PackageError(f"apt-get ended well, but {shown}: `dpkg --audit` says more.")
+    after = {name: good[0] if name in due else state for name, state in before.items()}
+    lines = ["".join(f"{name}: {state}\n" for name, state in told.items()) for told in (before, after)]
+    return {
+        "changed": bool(due),
+        "packages": due,
+        "repaired": repaired,
+        "diff": {"before": lines[0], "after": lines[1]},
+    }
+
+
+def main() -> None:
+    """Run as an Ansible module."""
+    module = AnsibleModule(
+        argument_spec={
+            "names": {"type": "list", "elements": "str", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "lists_seconds": {"type": "int", "default": 86400},
+            "timeout_seconds": {"type": "int", "default": 900},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        packages = Packages(module.params["timeout_seconds"])
+        result = converge(module.params, packages, dry=module.check_mode)
+    except (PackageError, OSError) as fault:
+        module.fail_json(msg=str(fault))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
