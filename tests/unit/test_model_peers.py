@@ -188,7 +188,16 @@ def test_a_host_that_dies_in_the_middle_is_left_out(
     assert given.hub.log == []
 
 
-@pytest.mark.parametrize("pieces", [1 << 19, 64 << 20])
+ALWAYS_FIRST = [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "dice"),
+    [
+        pytest.param(1 << 19, [0.0, 1.0, 1.0, 0.0], id="takes turns with a good one"),
+        pytest.param(64 << 20, ALWAYS_FIRST, id="is always asked first"),
+    ],
+)
 def test_a_host_that_lies_is_found_and_left_out(
     given: Given,
     share: Any,
@@ -196,16 +205,21 @@ def test_a_host_that_lies_is_found_and_left_out(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     pieces: int,
+    dice: list[float],
 ) -> None:
-    """Also where its pieces lie among good ones."""
     monkeypatch.setattr(model_peers, "PIECE_BYTES", pieces)
+    # Of two idle hosts the one with the lower throw is asked.
+    monkeypatch.setattr(model_peers.random, "random", itertools.cycle(dice).__next__)
     for shard in (tmp_path / "a" / "test--tiny").glob("*.safetensors"):
         content = shard.read_bytes()
         # Not through the other host's file: these are no links.
         shard.write_bytes(bytes([content[0] ^ 1]) + content[1 : 1 << 20] + b"\0" + content[(1 << 20) + 1 :])
     done = take(tmp_path / "c", pem, given, {"a": share("a"), "b": share("b")}, workers=1)
     assert same(tmp_path / "b", tmp_path / "c")
-    assert "with a wrong checksum" in done["models"][0]["source"] or " from a" not in done["models"][0]["source"]
+    # In turns its wrong pieces may have come from the other one.
+    if dice == ALWAYS_FIRST:
+        assert "a left out: gave" in done["models"][0]["source"]
+        assert "with a wrong checksum" in done["models"][0]["source"]
     assert given.hub.log == []
 
 
@@ -255,7 +269,8 @@ def test_strangers_get_nothing(given: Given, share: Any, pem: str, tmp_path: Pat
     other = model_peers.context_of(run_certificate("model-share"), tmp_path)
     other.verify_mode = ssl.CERT_NONE
     for context in (bare, other):
-        with pytest.raises(OSError, match=r"(?i)alert|certificate"):
+        # The server hangs up; whether its reason arrives before that is chance.
+        with pytest.raises(OSError, match=r"(?i)alert|certificate|EOF|reset"):
             urllib.request.urlopen(f"https://{place}", timeout=5, context=context)
     right = model_peers.context_of(pem, tmp_path)
     with urllib.request.urlopen(f"https://{place}", timeout=5, context=right) as answer:
