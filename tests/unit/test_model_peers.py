@@ -209,7 +209,7 @@ def test_a_host_that_lies_is_found_and_left_out(
 ) -> None:
     monkeypatch.setattr(model_peers, "PIECE_BYTES", pieces)
     # Of two idle hosts the one with the lower throw is asked.
-    monkeypatch.setattr(model_peers.random, "random", itertools.cycle(dice).__next__)
+    monkeypatch.setattr("random.random", itertools.cycle(dice).__next__)
     for shard in (tmp_path / "a" / "test--tiny").glob("*.safetensors"):
         content = shard.read_bytes()
         # Not through the other host's file: these are no links.
