@@ -192,11 +192,11 @@ class Packages:
         """Install packages, with lists that are new enough."""
         words = ["--no-install-recommends", "install", *names]
         update = Said(0, "")
-        fresh = lists_age() > lists_seconds
-        if fresh:
+        is_updated = lists_age() > lists_seconds
+        if is_updated:
             update = self.apt("update")
         said = self.apt(*words)
-        if said.code != 0 and not fresh and any(word in said.text for word in OUTDATED):
+        if said.code != 0 and not is_updated and any(word in said.text for word in OUTDATED):
             update = self.apt("update")
             said = self.apt(*words)
         if said.code != 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import threading
 import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.filter.bench_report import bench_report
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import bench
 from ansible_collections.selfhost.lmdeploy.plugins.modules import engine_bench
+from serving import serving
 
 
 class Streamer:
@@ -56,12 +56,8 @@ class Streamer:
 def streamer() -> Iterator[Streamer]:
     """Serve from a thread."""
     made = Streamer()
-    thread = threading.Thread(target=made.server.serve_forever, args=(0.01,))
-    thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    with serving(made.server):
+        yield made
 
 
 def measured(streamer: Streamer, **changes: Any) -> list[dict[str, Any]]:

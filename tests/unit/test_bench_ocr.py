@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import ocr
 import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.openai_api import OpenAI
+from serving import serving
 
 
 class FakeReader:
@@ -47,12 +47,8 @@ class FakeReader:
 def reader() -> Iterator[FakeReader]:
     """Serve from a thread."""
     made = FakeReader()
-    thread = threading.Thread(target=made.server.serve_forever, args=(0.01,))
-    thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    with serving(made.server):
+        yield made
 
 
 def test_documents_are_the_same_in_every_run_and_differ_from_each_other() -> None:

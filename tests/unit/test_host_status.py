@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.filter.status_table import status_table
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.haproxy import SocketFault
 from ansible_collections.selfhost.lmdeploy.plugins.modules import host_status
+from serving import serving
 
 EXEC = "{{ path={0} ; argv[]={0} {1} ; ignore_errors=no ; start_time=[n/a] ; status=0/0 }}"
 
@@ -32,12 +32,8 @@ class Health(BaseHTTPRequestHandler):
 def port() -> Iterator[int]:
     """Serve good health on a free port."""
     server = HTTPServer(("127.0.0.1", 0), Health)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server.server_port
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server.server_port
 
 
 @pytest.fixture

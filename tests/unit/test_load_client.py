@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import load_client as load
+from serving import serving
 
 WORDS = ["The ", "capital ", "is ", "Paris."]
 
@@ -79,12 +80,8 @@ class Talker:
 def talker() -> Iterator[Talker]:
     """Serve from a thread."""
     made = Talker()
-    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    with serving(made.server):
+        yield made
 
 
 QUESTION = load.Question("What is the capital of France?", expected="paris", max_tokens=9)

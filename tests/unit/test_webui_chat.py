@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.webui_api import WebuiError, detail
 from ansible_collections.selfhost.lmdeploy.plugins.modules import webui_chat
+from serving import serving
 
 EMAIL, PASSWORD, TOKEN = "admin@localhost", "correct horse", "a-token"
 
@@ -64,12 +64,8 @@ class Handler(BaseHTTPRequestHandler):
 def interface() -> Iterator[Interface]:
     """Serve the stand-in on a free port of loopback."""
     server = Interface(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 @pytest.fixture
