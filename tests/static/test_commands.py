@@ -85,6 +85,15 @@ def test_playbook_runs_by_its_full_name_outside_the_checkout(name: str, installe
         assert there or f"/{path}') is file" in text or path.startswith("artifacts/"), path
 
 
+@pytest.mark.parametrize("name", ["bench", "doctor", "drift", "preflight", "site", "smoke", "status", "uninstall"])
+def test_groups_that_an_inventory_lacks_are_no_news(name: str, tmp_path: Path) -> None:
+    """One host with an engine is a whole inventory for what concerns every host."""
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text("model_servers: {hosts: {localhost: {ansible_connection: local}}}", encoding="utf-8")
+    done = run("ansible-playbook", "--list-hosts", "-i", str(inventory), f"playbooks/{name}.yml")
+    assert "WARNING" not in done.stdout + done.stderr, done.stderr
+
+
 def test_execution_environment_is_understood(installed: Path, tmp_path: Path) -> None:
     """ansible-builder makes the context of the container from the definition and the archive of this version."""
     (archive,) = installed.glob("selfhost-lmdeploy-*.tar.gz")
