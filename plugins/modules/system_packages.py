@@ -24,10 +24,23 @@ options:
     elements: str
     required: true
   state:
-    description: Whether the packages are there, or removed with their configuration.
+    description: Whether the packages are there, or removed.
     type: str
     choices: [present, absent]
     default: present
+  started:
+    description:
+      - Whether services of the packages may start while they are installed, as the distribution has it.
+      - When false nothing starts or restarts by itself, and whoever calls starts what is configured. Other
+        installations on the host go on as ever, also when this one is killed.
+    type: bool
+    default: true
+  purged:
+    description:
+      - Whether O(state=absent) takes the packages' configuration, and the data that they call their own, with them.
+      - When false those stay, as C(apt-get remove) leaves them.
+    type: bool
+    default: true
   lists_seconds:
     description: Package lists older than this are read anew before something is installed.
     type: int
@@ -49,6 +62,11 @@ EXAMPLES = r"""
 - name: Have HAProxy
   selfhost.lmdeploy.system_packages:
     names: [haproxy]
+
+- name: Have Prometheus, and start it later
+  selfhost.lmdeploy.system_packages:
+    names: [prometheus]
+    started: false
 """
 
 RETURN = r"""
@@ -64,10 +82,11 @@ repaired:
   type: bool
 """
 
+import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +97,17 @@ LISTS = Path("/var/lib/apt/lists")
 STAMPS = (LISTS, Path("/var/lib/apt/periodic/update-success-stamp"))
 # dpkg's journal: whoever finds entries here is to run `dpkg --configure -a` before anything else.
 UPDATES = Path("/var/lib/dpkg/updates")
+# What dpkg's scripts ask before they start a service. Ours knows its own installation by a word in the environment, so
+# one that a kill leaves behind stops nobody else; the administrator's own is kept beside it and asked as before.
+POLICY = Path("/usr/sbin/policy-rc.d")
+KEPT_POLICY = POLICY.with_name("policy-rc.d.before-selfhost")
+QUIET = "SELFHOST_STARTS_NOTHING"
+POLICY_TEXT = f"""#!/bin/sh
+# Written by selfhost.lmdeploy.system_packages for the time of an installation; see policy-rc.d(8).
+[ -z "${QUIET}" ] || exit 101
+[ ! -x {KEPT_POLICY} ] || exec {KEPT_POLICY} "$@"
+exit 0
+"""
 ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "DEBIAN_PRIORITY": "critical", "LC_ALL": "C"}
 LOCKED = (
     "Could not get lock",
@@ -125,6 +155,42 @@ def run(command: list[str]) -> Said:
         env={**os.environ, **ENVIRONMENT},
     )
     return Said(done.returncode, done.stdout)
+
+
+def quiet(command: list[str]) -> Said:
+    """Run a program whose packages start nothing."""
+    return run(["env", f"{QUIET}=1", *command])
+
+
+def is_ours(policy: Path) -> bool:
+    """Tell whether a policy is what this module wrote."""
+    return policy.is_file() and policy.read_text(encoding="utf-8", errors="replace") == POLICY_TEXT
+
+
+def end_policy() -> None:
+    """Have the administrator's policy, or none, in place again."""
+    if is_ours(POLICY) and KEPT_POLICY.exists():
+        KEPT_POLICY.replace(POLICY)
+    elif is_ours(POLICY):
+        POLICY.unlink()
+
+
+@contextlib.contextmanager
+def policy() -> Iterator[None]:
+    """Have a policy under which services start unless `quiet` runs the installation."""
+    end_policy()
+    new = POLICY.with_name(f".{POLICY.name}.new")
+    new.write_text(POLICY_TEXT, encoding="utf-8")
+    new.chmod(0o755)
+    if POLICY.exists():
+        # Both names for a moment, so that a kill leaves one of the two in place.
+        KEPT_POLICY.unlink(missing_ok=True)
+        KEPT_POLICY.hardlink_to(POLICY)
+    new.replace(POLICY)
+    try:
+        yield
+    finally:
+        end_policy()
 
 
 def last_lines(text: str) -> str:
@@ -215,32 +281,44 @@ def lists_age() -> float:
     return time.time() - max(times)
 
 
+def change(params: dict[str, Any], packages: Packages, due: list[str]) -> bool:
+    """Install or remove packages; return whether an installation that was cut off was finished first."""
+    repaired = packages.was_cut()
+    if repaired:
+        packages.repair()
+    if params["state"] == "present":
+        packages.install(due, params["lists_seconds"])
+        return repaired
+    said = packages.apt("purge" if params["purged"] else "remove", *due)
+    if said.code != 0:
+        raise PackageError(f"apt-get can't remove {', '.join(due)}:\n{last_lines(said.text)}")
+    return repaired
+
+
 def converge(params: dict[str, Any], packages: Packages, *, dry: bool) -> dict[str, Any]:
     """Have or remove the packages; with ``dry`` only say so."""
     names = list(dict.fromkeys(params["names"]))
-    is_wanted = params["state"] == "present"
     before = packages.states(names) if names else {}
-    good = ("installed",) if is_wanted else ("not-installed",)
+    if params["state"] == "present":
+        good: tuple[str, ...] = ("installed",)
+    else:
+        good = ("not-installed",) if params["purged"] else ("not-installed", "config-files")
     due = [name for name in names if before[name] not in good]
-    repaired = False
+    # An earlier installation that was killed at its end.
+    repaired = not params["started"] and is_ours(POLICY)
+    if repaired and not dry:
+        end_policy()
     if due and not dry:
-        repaired = packages.was_cut()
-        if repaired:
-            packages.repair()
-        if is_wanted:
-            packages.install(due, params["lists_seconds"])
-        else:
-            said = packages.apt("purge", *due)
-            if said.code != 0:
-                raise PackageError(f"apt-get can't remove {', '.join(due)}:\n{last_lines(said.text)}")
+        with contextlib.nullcontext() if params["started"] else policy():
+            repaired = change(params, packages, due) or repaired
         left = {name: state for name, state in packages.states(due).items() if state not in good}
         if left:
             shown = ", ".join(f"{name} is {state}" for name, state in left.items())
             raise PackageError(f"apt-get ended well, but {shown}: `dpkg --audit` says more.")
-    after = {name: good[0] if name in due else state for name, state in before.items()}
+    after = {name: good[-1] if name in due else state for name, state in before.items()}
     lines = ["".join(f"{name}: {state}\n" for name, state in told.items()) for told in (before, after)]
     return {
-        "changed": bool(due),
+        "changed": bool(due) or repaired,
         "packages": due,
         "repaired": repaired,
         "diff": {"before": lines[0], "after": lines[1]},
@@ -253,13 +331,15 @@ def main() -> None:
         argument_spec={
             "names": {"type": "list", "elements": "str", "required": True},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "started": {"type": "bool", "default": True},
+            "purged": {"type": "bool", "default": True},
             "lists_seconds": {"type": "int", "default": 86400},
             "timeout_seconds": {"type": "int", "default": 900},
         },
         supports_check_mode=True,
     )
     try:
-        packages = Packages(module.params["timeout_seconds"])
+        packages = Packages(module.params["timeout_seconds"], run if module.params["started"] else quiet)
         result = converge(module.params, packages, dry=module.check_mode)
     except (PackageError, OSError) as fault:
         module.fail_json(msg=str(fault))

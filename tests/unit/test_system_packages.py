@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.modules import system_package
 from ansible_collections.selfhost.lmdeploy.plugins.modules.system_packages import PackageError, Packages, Said, converge
 
 LOCK = "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 42 (unattended-upgr)"
-PARAMS = {"names": ["haproxy"], "state": "present", "lists_seconds": 86400}
+PARAMS = {"names": ["haproxy"], "state": "present", "started": True, "purged": True, "lists_seconds": 86400}
 
 
 class Host:
@@ -22,6 +23,8 @@ class Host:
         self.audit = ""
         self.commands: list[str] = []
         self.now = 0.0
+        # What the policy says to the scripts of the package, and to those of another installation meanwhile.
+        self.policy: list[int] = []
 
     def sleep(self, seconds: float) -> None:
         """Let time pass."""
@@ -41,13 +44,25 @@ class Host:
             if self.answers:
                 return self.answers.pop(0)
             self.state = "installed"
+            self.policy = asked_policy()
         if "purge" in command:
             self.state = "not-installed"
+        if "remove" in command:
+            self.state = "config-files"
         return Said(0, "")
 
     def packages(self) -> Packages:
         """Return the code under test before this host."""
         return Packages(60, self.call, lambda: self.now, self.sleep)
+
+
+def asked_policy() -> list[int]:
+    """Ask the policy as dpkg's scripts do: from this module's installation, and from another one."""
+    policy = str(system_packages.POLICY)
+    if not system_packages.POLICY.exists():
+        return [0, 0]
+    ours = system_packages.quiet([policy, "haproxy", "start"]).code
+    return [ours, subprocess.run([policy, "haproxy", "start"], check=False).returncode]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +72,10 @@ def lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(system_packages, "LISTS", tmp_path)
     monkeypatch.setattr(system_packages, "STAMPS", (tmp_path,))
     monkeypatch.setattr(system_packages, "UPDATES", tmp_path / "updates")
+    kept = tmp_path / "policy-rc.d.before-selfhost"
+    text = system_packages.POLICY_TEXT.replace(str(system_packages.KEPT_POLICY), str(kept))
+    for name, value in (("POLICY", tmp_path / "policy-rc.d"), ("KEPT_POLICY", kept), ("POLICY_TEXT", text)):
+        monkeypatch.setattr(system_packages, name, value)
     return tmp_path
 
 
@@ -127,3 +146,47 @@ def test_packages_go_with_their_configuration() -> None:
     assert host.state == "not-installed"
     assert play(host, state="absent")["changed"] is False
     assert play(Host("config-files"), state="absent")["changed"] is True
+
+
+def test_packages_go_and_leave_what_they_were_configured_with() -> None:
+    host = Host("installed")
+    assert play(host, state="absent", purged=False)["changed"] is True
+    assert (host.state, host.commands) == ("config-files", ["dpkg", "apt-get remove haproxy"])
+    assert play(host, state="absent", purged=False)["changed"] is False
+    assert play(host, state="absent")["changed"] is True
+
+
+def test_nothing_starts_while_it_is_installed_and_others_start_theirs() -> None:
+    host = Host()
+    play(host, started=False)
+    assert host.policy == [101, 0]
+    assert not system_packages.POLICY.exists()
+    started = Host()
+    play(started)
+    assert started.policy == [0, 0]
+
+
+def test_the_administrators_own_policy_is_asked_and_stays() -> None:
+    system_packages.POLICY.write_text("#!/bin/sh\nexit 104\n")
+    system_packages.POLICY.chmod(0o755)
+    for answers in ([], [Said(100, "E: No space left on device")]):
+        host = Host(answers=answers)
+        if answers:
+            with pytest.raises(PackageError):
+                play(host, started=False)
+        else:
+            play(host, started=False)
+            assert host.policy == [101, 104]
+        assert system_packages.POLICY.read_text() == "#!/bin/sh\nexit 104\n"
+        assert not system_packages.KEPT_POLICY.exists()
+
+
+def test_a_policy_that_a_kill_left_stops_nobody_and_goes_with_the_next_run() -> None:
+    killed = system_packages.policy()
+    killed.__enter__()
+    assert asked_policy() == [101, 0]
+    host = Host("installed")
+    assert play(host, started=False, dry=True)["changed"] is True
+    assert play(host, started=False)["repaired"] is True
+    assert not system_packages.POLICY.exists()
+    assert play(host, started=False)["changed"] is False
