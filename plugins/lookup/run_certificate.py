@@ -40,11 +40,19 @@ _raw:
 import datetime as dt
 from typing import Any
 
+from ansible.errors import AnsibleLookupError
 from ansible.plugins.lookup import LookupBase
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+
+try:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+except ImportError as error:
+    # ansible-core brings it; some distributions take it apart.
+    MISSING = str(error)
+else:
+    MISSING = ""
 
 # Clocks of hosts differ, and a large model takes its time.
 BEFORE = dt.timedelta(days=1)
@@ -77,4 +85,6 @@ class LookupModule(LookupBase):  # type: ignore[misc] # ansible-core carries no 
 
     def run(self, terms: list[str], variables: dict[str, Any] | None = None, **_options: Any) -> list[str]:
         """Return one certificate for each name."""
+        if MISSING:
+            raise AnsibleLookupError(f"{MISSING}: install the Python package cryptography on the controller")
         return [run_certificate(str(term)) for term in terms]
