@@ -11,9 +11,10 @@ import ipaddress
 import posixpath
 import re
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.environment_file import NAME, text_of
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.webui_backup import LIBPQ
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +29,14 @@ SECRET_KEY_BYTES_MIN = 32
 # What open_webui_settings must not set, and the variable of the role to use instead, or the reason that there is none.
 OWNERS = {
     "BYPASS_MODEL_ACCESS_CONTROL": "open_webui_models_public",
+    "DATABASE_HOST": "open_webui_database_url",
+    "DATABASE_NAME": "open_webui_database_url",
+    "DATABASE_PASSWORD": "open_webui_database_url",
+    "DATABASE_PORT": "open_webui_database_url",
+    "DATABASE_SCHEMA": "backups save the schema public",
+    "DATABASE_TYPE": "open_webui_database",
+    "DATABASE_URL": "open_webui_database_url",
+    "DATABASE_USER": "open_webui_database_url",
     "DATA_DIR": "open_webui_data_dir",
     "DEFAULT_MODELS": "open_webui_default_models",
     "ENABLE_OLLAMA_API": "open_webui_ollama_urls",
@@ -80,8 +89,8 @@ WITHOUT_TOOLS: dict[str, Any] = {
 
 # Variables that are text, also where they look like numbers.
 TEXTS = (
-    "admin_email", "admin_name", "admin_password", "data_dir", "host", "profile", "secret_key", "static_dir", "url",
-    "version",
+    "admin_email", "admin_name", "admin_password", "data_dir", "database_url", "host", "profile", "secret_key",
+    "static_dir", "url", "version",
 )  # fmt: skip
 CONNECTION_TEXTS = ("url", "api_key", "prefix")
 
@@ -117,6 +126,28 @@ def ollama_url(url: str) -> str:
     return cleaned[: -len("/v1")] if urlsplit(url.strip()).path in ("", "/") else cleaned
 
 
+def database_url(url: str) -> str:
+    """Return a database's address with the driver that Open WebUI has in all profiles, psycopg 3.
+
+    SQLAlchemy would take its predecessor. Raises ValueError with the fault, which shows nothing of the address.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise ValueError("does not begin with postgresql://")
+    if re.search(r"[^!#%&()*+,./:;=?@\[\]^_{|}~0-9A-Za-z-]", url):
+        raise ValueError("has a character that an address can't hold: write it as %, then its two hexadecimal digits")
+    try:
+        named = (parts.hostname or "host=" in parts.query) and parts.port != 0
+    except ValueError:
+        named = False
+    if not named or not parts.username or not parts.path.strip("/"):
+        raise ValueError("must name account, host and database, and no port or one between 1 and 65535")
+    unknown = [name for name, _value in parse_qsl(parts.query, keep_blank_values=True) if name not in LIBPQ]
+    if unknown:
+        raise ValueError(f"has the parameter {unknown[0]}, known are {', '.join(LIBPQ)}")
+    return f"postgresql+psycopg://{url.partition('://')[2]}"
+
+
 def as_text(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the variables with numbers as text where text is meant: a password of digits alone is a number in YAML."""
 
@@ -137,8 +168,8 @@ def merged(default: Any, given: Any) -> Any:
 def environment(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Return Open WebUI's environment from the role's variables (names without their prefix).
 
-    ``variables`` holds what may be shown, ``secrets`` the keys of the connections. The secret key and the admin's
-    password are not here: they are made on the host and don't leave it.
+    ``variables`` holds what may be shown, ``secrets`` the keys of the connections and the database's address. The
+    secret key and the admin's password are not here: they are made on the host and don't leave it.
     """
     config = as_text(config)
     connections: Sequence[Mapping[str, Any]] = config["connections"]
@@ -178,9 +209,12 @@ def environment(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         values["DEFAULT_MODELS"] = ",".join(config["default_models"])
     if config["url"]:
         values["WEBUI_URL"] = config["url"].rstrip("/")
+    secrets = {"OPENAI_API_KEYS": ";".join(entry.get("api_key") or "" for entry in connections)}
+    if config["database"] == "postgresql" and config["database_url"]:
+        secrets["DATABASE_URL"] = database_url(config["database_url"])
     return {
         "variables": {name: text_of(value) for name, value in values.items() if value is not None},
-        "secrets": {"OPENAI_API_KEYS": ";".join(entry.get("api_key") or "" for entry in connections)},
+        "secrets": secrets,
     }
 
 
@@ -192,6 +226,7 @@ def faults(config: Mapping[str, Any]) -> list[str]:
         *_address_faults(config),
         *_connection_faults(config),
         *_account_faults(config),
+        *_database_faults(config),
         *_folder_faults(config),
         *_settings_faults(config),
     ]
@@ -323,6 +358,21 @@ def _account_faults(config: Mapping[str, Any]) -> list[str]:
     if key != key.strip() or not key.isprintable():
         found.append("open_webui_secret_key has an outer space or a control character: leave it out")
     return found
+
+
+def _database_faults(config: Mapping[str, Any]) -> list[str]:
+    url = config["database_url"]
+    kind = config["database"]
+    if url and kind != "postgresql":
+        return [f"open_webui_database_url is given and open_webui_database is {kind}: take postgresql, or no address"]
+    try:
+        if url:
+            database_url(url)
+    except ValueError as fault:
+        return [
+            f"open_webui_database_url {fault}. It is an address such as postgresql://USER:PASSWORD@HOST:5432/DATABASE"
+        ]
+    return []
 
 
 def _folder_faults(config: Mapping[str, Any]) -> list[str]:

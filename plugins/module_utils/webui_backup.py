@@ -7,6 +7,7 @@ The module webui_backup calls these functions, and the role backup puts this ver
 it as `webui_backup SETTINGS.json`. What an archive holds:
 
     data/...         the data folder; databases are consistent copies, whatever is being written meanwhile
+    database/...     pg_dump's copy, where Open WebUI keeps accounts and chats in PostgreSQL
     config/...       secret key, admin password and environment: what the data can't be read or run without
     system/...       the unit and its helper, by their full paths
     manifest.json    versions, and size and sha256 of every file; written last, so an archive that was cut has none
@@ -36,6 +37,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +58,23 @@ PATIENCE_SECONDS = 60.0
 # What a restore makes in the data folder, so that everything is moved within one file system.
 NEW, OLD, COMPLETE = ".restore-new", ".restore-old", ".complete"
 ASIDE = ".before-restore"
+# Of a database that is no file: its copy in an archive, the schema that a restore puts aside, and what says so.
+DUMP = "database/postgresql.dump"
+BEFORE = "before_restore"
+NOTE = ".database.json"
+# Parameters of an address, and how libpq's programs are told; a password must not stand in their arguments.
+LIBPQ = {
+    "connect_timeout": "PGCONNECT_TIMEOUT",
+    "host": "PGHOST",
+    "options": "PGOPTIONS",
+    "port": "PGPORT",
+    "sslcert": "PGSSLCERT",
+    "sslcrl": "PGSSLCRL",
+    "sslkey": "PGSSLKEY",
+    "sslmode": "PGSSLMODE",
+    "sslrootcert": "PGSSLROOTCERT",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
+}
 CHUNK_BYTES = 1 << 20
 MANIFEST_BYTES_MAX = 256 << 20
 # Room that stays free on the disk: a full one would stop the service that shares it.
@@ -163,14 +182,18 @@ def config_files(settings: Settings) -> Iterator[tuple[str, Path]]:
             yield f"system{name}", Path(name)
 
 
-def database_url(settings: Settings) -> str:
+def database_url(config_dir: Path) -> str:
     """Return the address of a database that is not in the data folder, as the environment names it, or nothing."""
-    path = Path(settings.config_dir, "open-webui.env")
+    path = config_dir / "open-webui.env"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.search(r"^DATABASE_URL=[\"']?([^\"'\n]+)", text, re.MULTILINE)
-    kind = re.search(r"^DATABASE_TYPE=[\"']?([^\"'\n]+)", text, re.MULTILINE)
-    url = found[1] if found else f"{kind[1]}:" if kind else ""
-    return "" if url.startswith("sqlite:") else url
+    return "" if found is None or found[1].startswith("sqlite:") else found[1]
+
+
+def has_data(settings: Settings) -> bool:
+    """Tell whether there is anything to save."""
+    url = database_url(Path(settings.config_dir))
+    return Postgresql(url, settings.user).holds("public") if url else Path(settings.data_dir, DATABASE).is_file()
 
 
 # ---------------------------------------------------------------------------------------
@@ -259,6 +282,120 @@ def revision_of(path: Path) -> str:
     except sqlite3.DatabaseError:
         return ""
     return str(row[0]) if row else ""
+
+
+# ---------------------------------------------------------------------------------------
+# A database of PostgreSQL
+
+
+class Postgresql:
+    """Open WebUI's database in PostgreSQL, asked by PostgreSQL's own programs."""
+
+    def __init__(self, url: str, user: str = "") -> None:
+        """Take its address; root asks a server on the same host as ``user``, which that server knows by the socket."""
+        self.url = url
+        parts = urlsplit(url)
+        if parts.scheme.partition("+")[0] not in ("postgresql", "postgres"):
+            raise BackupError(
+                f"Open WebUI keeps its accounts and chats in {parts.scheme}, and this program saves SQLite and "
+                "PostgreSQL: save that database with its own tools"
+            )
+        given = {
+            "PGHOST": parts.hostname or "",
+            "PGPORT": str(parts.port or ""),
+            "PGUSER": unquote(parts.username or ""),
+            "PGPASSWORD": unquote(parts.password or ""),
+            "PGDATABASE": unquote(parts.path[1:]),
+            "PGCONNECT_TIMEOUT": "10",
+            **{LIBPQ[name]: value for name, value in parse_qsl(parts.query) if name in LIBPQ},
+        }
+        self.user = ""
+        if given["PGHOST"].startswith("/"):
+            self.user = user if os.geteuid() == 0 else ""
+            given["PGUSER"] = self.user or pwd.getpwuid(os.geteuid()).pw_name
+        self.environment = {name: value for name, value in given.items() if value}
+
+    def run(self, command: list[str], source: IO[bytes] | None = None, target: IO[bytes] | None = None) -> str:
+        """Run one of PostgreSQL's programs; return what it printed, or raise BackupError with its last words."""
+        account: dict[str, Any] = {"user": self.user, "group": self.user, "extra_groups": []} if self.user else {}
+        try:
+            done = subprocess.run(
+                command,
+                stdin=source or subprocess.DEVNULL,
+                stdout=target or subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                check=False,
+                cwd="/",
+                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **self.environment},
+                **account,
+            )
+        except FileNotFoundError:
+            raise BackupError(f"The program {command[0]} is missing: apt install postgresql-client") from None
+        if done.returncode:
+            words = done.stderr.decode(errors="replace").strip().splitlines()
+            raise BackupError(f"{command[0]} refused: {' | '.join(words[-3:]) or done.returncode}")
+        return (done.stdout or b"").decode(errors="replace").strip()
+
+    def ask(self, query: str) -> str:
+        """Return the answer to a query, as psql prints it without decoration."""
+        return self.run(["psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-c", query])
+
+    def holds(self, schema: str) -> bool:
+        """Tell whether a schema holds what Open WebUI made."""
+        return self.ask(f"SELECT to_regclass('{schema}.alembic_version') IS NOT NULL") == "t"
+
+    def revision(self) -> str:
+        """Return the revision of the schema that alembic wrote."""
+        return self.ask("SELECT version_num FROM public.alembic_version")
+
+    def size(self) -> int:
+        """Return the bytes that the database takes on its server."""
+        return int(self.ask("SELECT pg_database_size(current_database())"))
+
+    def dump(self, path: Path) -> None:
+        """Copy the database as it is at one moment, and have the copy judged."""
+        with path.open("wb") as file:
+            # Owners and rights are the host's own, and another host has others.
+            self.run(
+                ["pg_dump", "--format=custom", "--schema=public", "--no-owner", "--no-privileges"],
+                target=file,
+            )
+        judge_dump(path, "that pg_dump made")
+
+    def load(self, path: Path, scratch: Path) -> None:
+        """Put a copy in the place of what is there, which stays aside, in one transaction: all of it or nothing."""
+        script = scratch / "load.sql"
+        with script.open("wb") as file:
+            file.write(f"BEGIN; ALTER SCHEMA public RENAME TO {BEFORE}; CREATE SCHEMA public;\n".encode())
+            file.flush()
+            made = subprocess.run(
+                ["pg_restore", "--schema=public", "--no-owner", "--no-privileges", "--file=-", str(path)],
+                stdout=file,
+                stderr=subprocess.PIPE,
+                check=False,
+                text=True,
+            )
+            if made.returncode:
+                raise BackupError(f"pg_restore refused: {made.stderr.strip()}")
+        with script.open("ab") as file:
+            file.write(b"\nCOMMIT;\n")
+        with script.open("rb") as file:
+            self.run(["psql", "-Xq", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-f", "-"], source=file)
+
+    def take_back(self) -> None:
+        """Put what a load put aside back in its place, where it did that."""
+        if self.holds(BEFORE):
+            self.ask(f"BEGIN; DROP SCHEMA public CASCADE; ALTER SCHEMA {BEFORE} RENAME TO public; COMMIT")
+
+
+def judge_dump(path: Path, shown: str) -> None:
+    """Raise BackupError where PostgreSQL can't read the list of what a copy holds."""
+    try:
+        done = subprocess.run(["pg_restore", "--list", str(path)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise BackupError("The program pg_restore is missing: apt install postgresql-client") from None
+    if done.returncode or "alembic_version" not in done.stdout:
+        raise BackupError(f"The copy of the database {shown} is damaged: {done.stderr.strip() or 'it holds no data'}")
 
 
 # ---------------------------------------------------------------------------------------
@@ -360,20 +497,15 @@ def create(settings: Settings, reason: str, *, plain_kept: bool = False) -> dict
     """
     data, folder = Path(settings.data_dir), Path(settings.folder)
     kept = "The older backups are as they were. Give backup_dir another disk, or lower backup_keep"
-    url = database_url(settings)
-    if url:
-        kind = url.split(":")[0]
-        raise BackupError(
-            f"Open WebUI keeps its accounts and chats in {kind}, not in {data}, and this program saves SQLite only: "
-            "save that database with its own tools"
-        )
-    if not (data / DATABASE).is_file():
+    if not has_data(settings):
         return {"archive": "", "plain": "", "removed": [], "manifest": {}}
+    url = database_url(Path(settings.config_dir))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with alone(folder), disk_faults(folder, kept):
         bytes_wanted = sum(path.stat().st_size for _name, path in data_files(data) if path.exists())
         # Twice: the copy of the databases, and an encrypted archive beside the plain one.
         database_bytes = sum(path.stat().st_size for _name, path in data_files(data) if is_database(path))
+        database_bytes += Postgresql(url, settings.user).size() if url else 0
         refuse_small_disk(folder, bytes_wanted * (2 if settings.recipient else 1) + database_bytes, kept)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
             new, manifest = write_archive(settings, reason, Path(scratch))
@@ -387,8 +519,15 @@ def write_archive(settings: Settings, reason: str, scratch: Path) -> tuple[Path,
     moment = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     name = f"open-webui-{moment}-{version or 'unknown'}-{reason}.tar.gz"
     copy = scratch / "database"
+    url = database_url(Path(settings.config_dir))
     # The main database first: a file that comes after it is one too many, never one too few.
-    copy_database(data / DATABASE, copy)
+    if url:
+        base = Postgresql(url, settings.user)
+        base.dump(copy)
+        revision = base.revision()
+    else:
+        copy_database(data / DATABASE, copy)
+        revision = revision_of(copy)
     about: dict[str, Any] = {
         "format": FORMAT,
         "created": moment,
@@ -396,7 +535,7 @@ def write_archive(settings: Settings, reason: str, scratch: Path) -> tuple[Path,
         "reason": reason,
         "version": version,
         "release": release,
-        "revision": revision_of(copy),
+        "revision": revision,
     }
     path = scratch / name
     path.touch(mode=0o600)
@@ -404,9 +543,9 @@ def write_archive(settings: Settings, reason: str, scratch: Path) -> tuple[Path,
         # Level 6: most of it is pictures and documents, which no level makes smaller.
         with gzip.GzipFile("", "wb", 6, file) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
             archive = Archive(tar)
-            archive.add(f"data/{DATABASE}", copy)
+            archive.add(DUMP if url else f"data/{DATABASE}", copy)
             for inside, source in data_files(data):
-                if inside == DATABASE:
+                if inside == DATABASE and not url:
                     continue
                 if is_database(source):
                     copy.unlink()
@@ -604,7 +743,20 @@ def check(
         config_path(settings, name)
     if not any_version:
         refuse_newer(settings, manifest)
+    if not whole:
+        refuse_other_database(settings, manifest, path)
     return {"archive": str(path), "manifest": summary(manifest)}
+
+
+def refuse_other_database(settings: Settings, manifest: dict[str, Any], archive: Path) -> None:
+    """Raise BackupError where the data are of one kind of database and the inventory wants another."""
+    held = "postgresql" if DUMP in manifest["files"] else "sqlite"
+    wanted = "postgresql" if database_url(Path(settings.config_dir)) else "sqlite"
+    if held != wanted:
+        raise BackupError(
+            f"{archive} holds data of {held}, and Open WebUI on this host keeps its own in {wanted}: set "
+            f"open_webui_database to {held}, run site.yml, and restore then"
+        )
 
 
 def refuse_newer(settings: Settings, manifest: dict[str, Any]) -> None:
@@ -666,9 +818,15 @@ def restore(
             new.mkdir(mode=0o700)
             with opened(path, identity, new) as plain:
                 manifest = unpack(plain, new)
+            # Beside a database of PostgreSQL there may be no file at all.
+            (new / "data").mkdir(mode=0o700, exist_ok=True)
         if not any_version:
             refuse_newer(settings, manifest)
+        if not whole:
+            refuse_other_database(settings, manifest, path)
         judge_data(new, manifest, path)
+        # Where all is to be as it was, the environment that comes back names the database.
+        url = database_url(new / "config" if whole else config) if DUMP in manifest["files"] else ""
         with disk_faults(data, way_out):
             keep_fetched(data, new / "data")
             own(new / "data", settings.user)
@@ -679,7 +837,14 @@ def restore(
         shutil.rmtree(new, ignore_errors=True)
         raise
     put_aside_config(config, settings.files)
-    swap(data)
+    swap(data, url)
+    if url:
+        try:
+            Postgresql(url, settings.user).load(new / DUMP, new)
+        except BackupError:
+            undo(settings)
+            raise
+        note_of(data / OLD, url, loaded=True)
     for target, content in config_new.items():
         write_private(target, content, 0o600 if target.parent == config else 0o644)
     shutil.rmtree(new, ignore_errors=True)
@@ -688,7 +853,9 @@ def restore(
 
 def judge_data(new: Path, manifest: dict[str, Any], archive: Path) -> None:
     """Raise BackupError where the databases of an unpacked archive are missing or damaged."""
-    if f"data/{DATABASE}" not in manifest["files"]:
+    if DUMP in manifest["files"]:
+        judge_dump(new / DUMP, f"in {archive}")
+    elif f"data/{DATABASE}" not in manifest["files"]:
         raise BackupError(f"{archive} holds no {DATABASE}, so it is no backup of Open WebUI")
     for name in manifest["files"]:
         if name.startswith("data/") and is_database(new / name):
@@ -698,7 +865,8 @@ def judge_data(new: Path, manifest: dict[str, Any], archive: Path) -> None:
 def wanted_config(manifest: dict[str, Any], *, whole: bool) -> list[str]:
     """Name the files beside the data that come back: the inventory says the rest, unless all is to be as it was."""
     secrets = ("config/secret-key", "config/admin-password", "config/admin.json")
-    return [name for name in manifest["files"] if name in secrets or (whole and not name.startswith("data/"))]
+    beside = [name for name in manifest["files"] if name != DUMP and not name.startswith("data/")]
+    return [name for name in beside if whole or name in secrets]
 
 
 def config_path(settings: Settings, name: str) -> Path:
@@ -747,10 +915,20 @@ def put_aside_config(config: Path, files: list[str]) -> None:
             shutil.copy2(name, target)
 
 
-def swap(data: Path) -> None:
+def note_of(old: Path, url: str = "", *, loaded: bool = False) -> dict[str, Any]:
+    """Return what a restore does with a database of PostgreSQL, after noting it where an address is given."""
+    path = old / NOTE
+    if url:
+        write_private(path, json.dumps({"url": url, "loaded": loaded}).encode(), 0o600)
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def swap(data: Path, url: str) -> None:
     """Move what is in the data folder aside, then the new data in: renames within one file system."""
     old, new = data / OLD, data / NEW / "data"
     old.mkdir(mode=0o700)
+    # Before anything moves, so that whoever finds a restore that was cut knows of the database.
+    note_of(old, url)
     for path in list(data.iterdir()):
         if path.name not in (OLD, NEW):
             path.replace(old / path.name)
@@ -787,6 +965,9 @@ def undo(settings: Settings) -> bool:
     shutil.rmtree(data / NEW, ignore_errors=True)
     if not old.exists():
         return False
+    if note := note_of(old):
+        Postgresql(note["url"], settings.user).take_back()
+        (old / NOTE).unlink()
     if (old / COMPLETE).exists():
         for path in list(data.iterdir()):
             if path.name != OLD:
@@ -813,6 +994,15 @@ def settle(settings: Settings) -> bool:
     """Remove what a restore put aside; tell whether there was anything."""
     old, aside = Path(settings.data_dir) / OLD, Path(settings.config_dir) / ASIDE
     found = old.exists() or aside.exists()
+    if note := note_of(old):
+        base = Postgresql(note["url"], settings.user)
+        if not note["loaded"] and not base.holds(BEFORE):
+            raise BackupError(
+                "The restore was cut before the database took its data, so files and database are of two times: say "
+                "-e restore_unfinished=undone, and restore again"
+            )
+        note_of(old, note["url"], loaded=True)
+        base.ask(f"DROP SCHEMA IF EXISTS {BEFORE} CASCADE")
     if old.exists():
         shutil.rmtree(old)
     if aside.exists():

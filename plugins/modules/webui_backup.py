@@ -127,7 +127,6 @@ manifest:
 """
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -144,8 +143,7 @@ def settings_of(params: dict[str, Any]) -> Settings:
 def foretold(settings: Settings, params: dict[str, Any]) -> dict[str, Any]:
     """Say what would be done."""
     if params["action"] == "create":
-        has_data = Path(settings.data_dir, webui_backup.DATABASE).is_file()
-        return {"changed": has_data, "archive": "", "plain": "", "removed": [], "manifest": {}}
+        return {"changed": webui_backup.has_data(settings), "archive": "", "plain": "", "removed": [], "manifest": {}}
     if params["action"] in ("undo", "settle"):
         return {"changed": webui_backup.is_unsettled(settings)}
     judged = webui_backup.check(

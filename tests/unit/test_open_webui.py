@@ -32,6 +32,8 @@ def config(**changes: Any) -> dict[str, Any]:
         "secret_key": "",
         "data_dir": "/var/lib/open-webui/data",
         "static_dir": "/var/lib/open-webui/static",
+        "database": "sqlite",
+        "database_url": "",
         "signup_enabled": False,
         "models_public": True,
         "default_models": [],
@@ -264,3 +266,38 @@ def test_filters_are_found_by_their_names() -> None:
     assert open_webui_faults.FilterModule().filters()["open_webui_faults"](config()) == []
     environment = open_webui_environment.FilterModule().filters()["open_webui_environment"](config())
     assert environment["secrets"] == {"OPENAI_API_KEYS": "sk-engine"}
+
+
+def test_a_databases_address_is_a_secret_and_names_the_driver_that_is_there() -> None:
+    given_url = "postgres://ui:p%40ss@db.lan:5433/chats?sslmode=verify-full"
+    result = open_webui.environment(config(database="postgresql", database_url=given_url))
+    assert result["secrets"]["DATABASE_URL"] == "postgresql+psycopg://ui:p%40ss@db.lan:5433/chats?sslmode=verify-full"
+    assert "DATABASE_URL" not in result["variables"]
+    assert "DATABASE_URL" not in open_webui.environment(config())["secrets"]
+    local = "postgresql://open-webui@/open-webui?host=/run/postgresql&port=5432"
+    assert open_webui.faults(config(database="postgresql", database_url=local)) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("mysql://ui:secretword@db/chats", "begin with postgresql://"),
+        ("postgresql://ui:secretword$@db/chats", "hexadecimal"),
+        ('postgresql://ui:secretword"@db/chats', "hexadecimal"),
+        ("postgresql://ui:secretword\n@db/chats", "hexadecimal"),
+        ("postgresql://ui:secretword@db", "database"),
+        ("postgresql://ui:secretword@db:99999/chats", "65535"),
+        ("postgresql://db/chats", "account"),
+        ("postgresql://ui:secretword@db/chats?sslmod=require", "sslmod, known are"),
+    ],
+)
+def test_a_databases_address_that_cant_be_is_refused_and_not_shown(url: str, words: str) -> None:
+    (fault,) = open_webui.faults(config(database="postgresql", database_url=url))
+    assert words in fault
+    assert "secretword" not in fault
+
+
+def test_an_address_beside_sqlite_is_a_contradiction() -> None:
+    (fault,) = open_webui.faults(config(database_url="postgresql://ui:secretword@db/chats"))
+    assert "open_webui_database is sqlite" in fault
+    assert "secretword" not in fault

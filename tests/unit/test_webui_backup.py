@@ -295,10 +295,150 @@ def test_a_killed_backup_is_cleared_away(place: Settings) -> None:
 
 def test_another_database_is_not_passed_over_in_silence(place: Settings) -> None:
     with Path(place.config_dir, "open-webui.env").open("a") as file:
-        file.write('DATABASE_URL="postgresql://u:secretword@db/x"\n')
-    with pytest.raises(BackupError, match="postgresql") as caught:
+        file.write('DATABASE_URL="mysql://u:secretword@db/x"\n')
+    with pytest.raises(BackupError, match="mysql") as caught:
         webui_backup.create(place, "manual")
     assert "secretword" not in str(caught.value)
+
+
+class Server(webui_backup.Postgresql):
+    """A database that is a file: its schemas are lines; ``refused`` is what it says to a load."""
+
+    store = Path()
+    refused = ""
+
+    def schemas(self) -> dict[str, str]:
+        """Return what each schema holds."""
+        return dict(json.loads(self.store.read_text()))
+
+    def keep(self, schemas: dict[str, str]) -> None:
+        """Have these schemas."""
+        self.store.write_text(json.dumps(schemas))
+
+    def holds(self, schema: str) -> bool:
+        return schema in self.schemas()
+
+    def revision(self) -> str:
+        return "0bd252b206fb"
+
+    def size(self) -> int:
+        return 1000
+
+    def dump(self, path: Path) -> None:
+        path.write_text(self.schemas()["public"])
+
+    def load(self, path: Path, scratch: Path) -> None:
+        assert scratch.is_dir()
+        if self.refused:
+            raise BackupError(self.refused)
+        self.keep({"before_restore": self.schemas()["public"], "public": path.read_text()})
+
+    def take_back(self) -> None:
+        if self.holds("before_restore"):
+            self.keep({"public": self.schemas()["before_restore"]})
+
+    def ask(self, query: str) -> str:
+        assert query.startswith("DROP SCHEMA IF EXISTS before_restore")
+        self.keep({"public": self.schemas()["public"]})
+        return ""
+
+
+@pytest.fixture
+def server(place: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Return the server of an Open WebUI that keeps accounts and chats there."""
+    Path(place.data_dir, "webui.db").unlink()
+    with Path(place.config_dir, "open-webui.env").open("a") as file:
+        file.write('DATABASE_URL="postgresql+psycopg://u:secretword@db/x"\n')
+    monkeypatch.setattr(Server, "store", tmp_path / "server.json")
+    monkeypatch.setattr(webui_backup, "Postgresql", Server)
+    monkeypatch.setattr(webui_backup, "judge_dump", lambda *_words: None)
+    there = Server("postgresql://u:secretword@db/x")
+    there.keep({"public": "chats of monday"})
+    return there
+
+
+def test_libpqs_programs_are_told_by_their_environment() -> None:
+    base = webui_backup.Postgresql("postgresql+psycopg://u%40x:p%2Fw@db.lan:5433/chats?sslmode=verify-full", "ui")
+    wanted = {"PGHOST": "db.lan", "PGPORT": "5433", "PGUSER": "u@x", "PGPASSWORD": "p/w", "PGDATABASE": "chats"}
+    assert base.environment == {**wanted, "PGSSLMODE": "verify-full", "PGCONNECT_TIMEOUT": "10"}
+    local = webui_backup.Postgresql("postgresql://ui@/ui?host=/run/postgresql&port=5433")
+    assert (local.environment["PGHOST"], local.environment["PGPORT"]) == ("/run/postgresql", "5433")
+    with pytest.raises(BackupError, match="mysql"):
+        webui_backup.Postgresql("mysql://u:w@db/x")
+
+
+def test_a_program_that_refuses_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = webui_backup.Postgresql("postgresql://u:secretword@db/x")
+    with pytest.raises(BackupError, match="false refused"):
+        base.run(["false"])
+    with pytest.raises(BackupError, match="postgresql-client"):
+        base.run(["no-such-program"])
+    assert "secretword" not in base.run(["ps", "axww", "-o", "args"])
+
+
+def test_data_in_postgresql_are_saved_restored_and_proven(place: Settings, server: Server) -> None:
+    made = webui_backup.create(place, "manual")
+    manifest = webui_backup.unpack(Path(made["archive"]), None)
+    assert {"database/postgresql.dump", "data/uploads/plan.txt"} <= set(manifest["files"])
+    assert manifest["revision"] == "0bd252b206fb"
+    server.keep({"public": "chats of tuesday"})
+    webui_backup.restore(place, made["archive"])
+    assert server.schemas() == {"before_restore": "chats of tuesday", "public": "chats of monday"}
+    assert webui_backup.settle(place) is True
+    assert server.schemas() == {"public": "chats of monday"}
+    assert sorted(path.name for path in Path(place.data_dir).iterdir()) == ["uploads"]
+
+
+def test_files_and_database_go_back_together(place: Settings, server: Server) -> None:
+    made = webui_backup.create(place, "manual")
+    server.keep({"public": "chats of tuesday"})
+    Path(place.data_dir, "uploads/tuesday.txt").write_text("tuesday")
+    webui_backup.restore(place, made["archive"])
+    assert not Path(place.data_dir, "uploads/tuesday.txt").exists()
+    assert webui_backup.undo(place) is True
+    assert server.schemas() == {"public": "chats of tuesday"}
+    assert Path(place.data_dir, "uploads/tuesday.txt").exists()
+    assert not Path(place.data_dir, ".database.json").exists()
+
+
+def test_a_database_that_refuses_the_data_leaves_all_as_it_was(
+    place: Settings, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = webui_backup.create(place, "manual")
+    Path(place.data_dir, "uploads/tuesday.txt").write_text("tuesday")
+    monkeypatch.setattr(Server, "refused", "psql refused: disk full")
+    with pytest.raises(BackupError, match="disk full"):
+        webui_backup.restore(place, made["archive"])
+    assert Path(place.data_dir, "uploads/tuesday.txt").exists()
+    assert webui_backup.is_unsettled(place) is False
+    assert server.schemas() == {"public": "chats of monday"}
+
+
+def test_a_restore_that_was_cut_before_the_database_cant_be_kept(
+    place: Settings, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = webui_backup.create(place, "manual")
+    monkeypatch.setattr(Server, "load", lambda *_words: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        webui_backup.restore(place, made["archive"])
+    with pytest.raises(BackupError, match="restore_unfinished=undone"):
+        webui_backup.settle(place)
+    assert webui_backup.undo(place) is True
+    assert server.schemas() == {"public": "chats of monday"}
+
+
+def test_an_archive_of_another_kind_of_database_is_refused(place: Settings, server: Server) -> None:
+    made = webui_backup.create(place, "manual")
+    Path(place.config_dir, "open-webui.env").write_text('PORT="1"\n')
+    for act in (webui_backup.check, webui_backup.restore):
+        with pytest.raises(
+            BackupError, match="data of postgresql, and Open WebUI on this host keeps its own in sqlite"
+        ):
+            act(place, made["archive"])
+    # Where all is to be as it was, its kind of database comes back too.
+    webui_backup.restore(place, made["archive"], whole=True, any_version=True)
+    assert "DATABASE_URL" in Path(place.config_dir, "open-webui.env").read_text()
+    assert "before_restore" in server.schemas()
 
 
 def test_a_copy_goes_to_another_folder(place: Settings, tmp_path: Path) -> None:

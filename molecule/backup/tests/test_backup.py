@@ -6,19 +6,14 @@ import json
 import os
 import re
 import secrets
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from webui import tunnel
 
 if TYPE_CHECKING:
     from testinfra.host import Host
@@ -52,76 +47,10 @@ print(program.create(settings, "manual")["archive"])
 full = pytest.mark.skipif(os.environ.get("TEST_FULL") != "1", reason="takes minutes more: set TEST_FULL=1")
 
 
-@dataclass
-class Ui:
-    """Open WebUI's HTTP API as one account, through a tunnel: it listens on the host's loopback alone."""
-
-    url: str
-    token: str = ""
-
-    def call(self, path: str, body: Any = None, *, kind: str = "application/json") -> Any:
-        """Return the answer, decoded where it is JSON."""
-        headers = {"Content-Type": kind, **({"Authorization": f"Bearer {self.token}"} if self.token else {})}
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - the tunnel's own address
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
-            content = answer.read()
-        return json.loads(content) if "json" in answer.headers["Content-Type"] else content.decode()
-
-    def signed_in(self, email: str, word: str) -> Ui:
-        """Return the same place, seen by an account."""
-        return Ui(self.url, self.call("/api/v1/auths/signin", {"email": email, "password": word})["token"])
-
-    def upload(self, name: str, content: str) -> str:
-        """Bring a file and return its id."""
-        edge = secrets.token_hex(16)
-        head = f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\nContent-Type: text/plain'
-        body = f"{head}\r\n\r\n{content}\r\n--{edge}--\r\n".encode()
-        return str(self.call("/api/v1/files/?process=false", body, kind=f"multipart/form-data; boundary={edge}")["id"])
-
-    def ask(self, title: str) -> None:
-        """Make a chat."""
-        message = {"id": "1", "role": "user", "content": title, "parentId": None, "childrenIds": []}
-        chat = {"title": title, "history": {"messages": {"1": message}, "currentId": "1"}, "messages": [message]}
-        self.call("/api/v1/chats/new", {"chat": chat})
-
-
-@contextmanager
-def tunnel(name: str) -> Iterator[Ui]:
-    """Give a stranger's way to the Open WebUI of a host."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["ssh", "-F", str(ROOT / ".lab/ssh/config"), "-N", "-o", "ControlPath=none"]
-    process = subprocess.Popen([*command, "-L", f"{port}:127.0.0.1:8080", name])
-    try:
-        ui = Ui(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                ui.call("/health")
-                break
-            except (OSError, urllib.error.URLError):
-                assert time.monotonic() < deadline, "Open WebUI does not answer through the tunnel"
-                time.sleep(0.2)
-        yield ui
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def seen(name: str = NAME) -> tuple[str, list[str], list[str]]:
     """Return the version, the titles of the person's chats and what is in the person's files, as the API tells them."""
     with tunnel(name) as stranger:
-        person = stranger.signed_in(EMAIL, WORD)
-        chats = sorted(chat["title"] for chat in person.call("/api/v1/chats/list?page=1"))
-        listed = person.call("/api/v1/files/")
-        files = [entry["id"] for entry in (listed["items"] if isinstance(listed, dict) else listed)]
-        return (
-            stranger.call("/api/version")["version"],
-            chats,
-            [person.call(f"/api/v1/files/{entry}/content") for entry in files],
-        )
+        return stranger.seen(EMAIL, WORD)
 
 
 def archives(host: Host, reason: str) -> list[str]:
@@ -179,14 +108,7 @@ def test_the_timer_makes_a_whole_archive_while_people_write(host: Host) -> None:
         person = stranger.signed_in(EMAIL, WORD)
         for chat in person.call("/api/v1/chats/list?page=1"):
             if chat["title"] != "Before the upgrade":
-                delete(person, chat["id"])
-
-
-def delete(person: Ui, chat: str) -> None:
-    """Remove a chat."""
-    headers = {"Authorization": f"Bearer {person.token}"}
-    request = urllib.request.Request(f"{person.url}/api/v1/chats/{chat}", headers=headers, method="DELETE")  # noqa: S310 - the tunnel's own address
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).close()
+                person.delete(chat["id"])
 
 
 def test_the_unit_can_do_little(host: Host) -> None:
