@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_package_that_a_role_wants_is_in_the_bundle() -> None:
+    wanted: set[str] = set()
+    for path in ROOT.glob("roles/*/tasks/*.yml"):
+        # A host that pulls its playbooks has a network.
+        if path.parts[-3] == "pull":
+            continue
+        for task in yaml.safe_load(path.read_text()):
+            module = task.get("selfhost.lmdeploy.system_packages") or {}
+            wanted |= set(
+                re.findall(r"[a-z][a-z0-9_.+-]+", re.sub(r"{{|}}|\bif\b.*\belse\b", " ", str(module.get("names", ""))))
+            )
+    play = yaml.safe_load((ROOT / "playbooks/bundle.yml").read_text())[0]
+    carried = " ".join(str(entry["names"]) for entry in play["vars"]["__bundle_packages"])
+    missing = {name for name in wanted if not re.search(rf"(?<![a-z0-9-]){re.escape(name)}(?![a-z0-9-])", carried)}
+    assert {"haproxy", "prometheus", "lmdeploy_system_packages", "postgresql-client"} <= wanted
+    assert missing == set()
 
 
 def test_projects_are_named_as_the_index_names_them() -> None:

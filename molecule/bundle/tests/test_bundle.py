@@ -28,7 +28,7 @@ WISHES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def inventory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the inventory of a host without a network: the lab's wishes, and vars.yml of the bundle."""
+    """Return the inventory of a host without a network: the lab's wishes, without vars.yml of the bundle."""
     folder = tmp_path_factory.mktemp("inventory")
     groups = {name: {"hosts": {"mol-bundle": {}}} for name in ("model_servers", "web_uis")}
     (folder / "hosts.yml").write_text(json.dumps({"all": {"vars": WISHES}, **groups}))
@@ -110,4 +110,28 @@ def ask(key: str) -> str:
 def test_a_second_run_changes_nothing(host: Any, inventory: Path) -> None:
     code, said = site(host, inventory)
     assert code == 0, said
+    assert "changed=0" in said, said
+
+
+def test_a_gateway_and_a_monitor_come_out_of_it_too(host: Any, inventory: Path) -> None:
+    groups = json.loads(inventory.read_text())
+    more = {name: {"hosts": {"mol-bundle": {}}} for name in ("gateways", "monitors")}
+    inventory.write_text(json.dumps({**groups, **more}))
+    code, said = site(host, inventory)
+    assert code == 0, said
+    for unit in ("haproxy", "prometheus", "prometheus-node-exporter", "prometheus-blackbox-exporter"):
+        assert host.service(unit).is_running, unit
+    ask_prometheus = (
+        "import urllib.request as u; "
+        "print(u.urlopen('http://127.0.0.1:9090/api/v1/query?query=count(up==1)').read().decode())"
+    )
+    deadline = time.monotonic() + 60
+    answering = 0.0
+    # Prometheus itself, exporter, engine and gateway at least.
+    while answering < 4:
+        assert time.monotonic() < deadline, answering
+        time.sleep(1)
+        found = json.loads(host.check_output(f'python3 -c "{ask_prometheus}"'))["data"]["result"]
+        answering = float(found[0]["value"][1]) if found else 0.0
+    code, said = site(host, inventory)
     assert "changed=0" in said, said
