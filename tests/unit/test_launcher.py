@@ -408,7 +408,8 @@ def test_keys_are_not_handed_over_through_a_link_of_the_engine(unit: Unit, tmp_p
     victim.write_text("untouched")
     (unit.folder / ".api-key").symlink_to(victim)
     (unit.folder / "source").write_text(KEY)
-    waiting = subprocess.Popen(["sleep", "60"])
+    # Under nohup a child would ignore what a reload sends.
+    waiting = subprocess.Popen(["env", "--default-signal=HUP", "sleep", "60"])
     command = [sys.executable, str(LAUNCHER), "--reload", str(unit.folder / "source")]
     told = {"PATH": os.environ["PATH"], "RUNTIME_DIRECTORY": str(unit.folder), "MAINPID": str(waiting.pid)}
     subprocess.run(command, env=told, check=True)
