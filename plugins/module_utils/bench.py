@@ -141,12 +141,12 @@ def ceiling(value: float) -> float:
     return next(step * power for step in STEPS if step * power >= value * 0.999)
 
 
-def _panel(title: str, offset: int, lines: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
-    """Return one diagram: a line for each name, over the number of clients."""
-    clients = sorted({point[0] for points in lines.values() for point in points})
+def _panel(title: str, axis: str, offset: int, lines: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
+    """Return one diagram: a line for each name, over the number of what the axis names."""
+    numbers = sorted({point[0] for points in lines.values() for point in points})
     top = ceiling(max((point[1] for points in lines.values() for point in points), default=1.0))
     right, base = offset + WIDTH, TOP + HEIGHT
-    places = {x: offset + LEFT + (WIDTH - LEFT) * (i + 0.5) / len(clients) for i, x in enumerate(clients)}
+    places = {x: offset + LEFT + (WIDTH - LEFT) * (i + 0.5) / len(numbers) for i, x in enumerate(numbers)}
     made = [f'<text class="title" x="{offset + LEFT}" y="{TOP - 16}">{escape(title)}</text>']
     for fifth in range(6):
         y = base - HEIGHT * fifth / 5
@@ -157,7 +157,8 @@ def _panel(title: str, offset: int, lines: Mapping[str, Sequence[tuple[int, floa
     for x, place in places.items():
         made.append(f'<text class="tick" text-anchor="middle" x="{place:.1f}" y="{base + 18}">{x}</text>')
     made.append(
-        f'<text class="tick" text-anchor="middle" x="{(offset + LEFT + right) / 2}" y="{base + 36}">clients</text>'
+        f'<text class="tick" text-anchor="middle" x="{(offset + LEFT + right) / 2}" y="{base + 36}">{escape(axis)}'
+        "</text>"
     )
     for number, points in enumerate(lines.values()):
         colour = COLOURS[number % len(COLOURS)]
@@ -178,20 +179,29 @@ def _lines(levels: Iterable[Mapping[str, Any]], figure: str) -> dict[str, list[t
     return found
 
 
-def plot(run: Mapping[str, Any]) -> str:
-    """Return an SVG picture of a run that needs nothing else: speed, and the wait for the first token."""
-    speed, wait = _lines(run["levels"], "speed"), _lines(run["levels"], "first")
-    width, base = 2 * WIDTH + GAP + 24, TOP + HEIGHT + BOTTOM
-    height = base + 16 + 20 * len(speed)
+def drawing(axis: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+    """Return an SVG picture that needs nothing else: a diagram for each title, over what the axis counts.
+
+    Every diagram has the same names in the same order, so that one list of colours explains all.
+    """
+    names = list(next(iter(panels.values())))
+    width, base = len(panels) * (WIDTH + GAP) + 24, TOP + HEIGHT + BOTTOM
+    height = base + 16 + 20 * len(names)
     made = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
         f"<style>{STYLE}</style>",
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        *_panel("Tokens a second", 0, speed),
-        *_panel("Seconds to the first token, median", WIDTH + GAP, wait),
     ]
-    for number, name in enumerate(speed):
+    for number, (title, lines) in enumerate(panels.items()):
+        made += _panel(title, axis, number * (WIDTH + GAP), lines)
+    for number, name in enumerate(names):
         y = base + 16 + 20 * number
         made.append(f'<circle fill="{COLOURS[number % len(COLOURS)]}" cx="{LEFT + 6}" cy="{y - 4}" r="5"/>')
         made.append(f'<text class="tick" x="{LEFT + 20}" y="{y}">{escape(name)}</text>')
     return "\n".join([*made, "</svg>", ""])
+
+
+def plot(run: Mapping[str, Any]) -> str:
+    """Return a picture of a run: speed, and the wait for the first token."""
+    speed, wait = _lines(run["levels"], "speed"), _lines(run["levels"], "first")
+    return drawing("clients", {"Tokens a second": speed, "Seconds to the first token, median": wait})

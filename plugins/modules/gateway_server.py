@@ -32,6 +32,12 @@ options:
       of the caller. Above 0, such a drain is a loan; one that a person made is left as it is. 0 for no end.
     type: float
     default: 0
+  settled_seconds:
+    description: For O(for_seconds), end the loan before its time once the engine has gone and come back since it began
+      and has been good for so many seconds, without a request; or when it has not gone at all so long after
+      O(timeout_seconds). Longer than a caller that lives leaves an engine alone. 0 for never.
+    type: float
+    default: 0
   only_lent:
     description: For O(state=ready), take back only what was drained with O(for_seconds), not what a person drained.
     type: bool
@@ -135,11 +141,32 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.1
 LOCK = Path("/run/gateway-server.lock")
-# What a timer runs: one command to HAProxy, said by nothing but the system's Python.
-SAY = (
-    "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(sys.argv[2].encode()); "
-    "s.recv(65536)"
-)
+# What the timers of a loan run, by nothing but the system's Python: they take the engine back, when it has settled or
+# at last, and stop. Arguments: socket, backend, engine, seconds to settle, seconds of the drain, when the loan began,
+# timers. 0 seconds to settle are for the last one, which does not look.
+END = """
+import csv, socket, subprocess, sys, time
+path, backend, engine, settled, drain, began, *timers = sys.argv[1:]
+settled, drain, age = float(settled), float(drain), time.time() - float(began)
+def ask(command):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(10)
+        s.connect(path)
+        s.sendall(command.encode() + bytes([10]))
+        return b"".join(iter(lambda: s.recv(65536), b"")).decode()
+if settled:
+    rows = csv.DictReader(ask("show stat").removeprefix("# ").splitlines())
+    row = next(r for r in rows if (r["pxname"], r["svname"]) == (backend, engine))
+    changed = float(row["lastchg"] or 0)
+    is_free = row["check_status"] == "L7OK" and int(row["scur"] or 0) == 0 and changed >= settled
+    # Whoever drains sees that in the engine's last change, too.
+    has_gone = changed < age - 5
+    if not is_free or not (has_gone or age >= drain + settled):
+        sys.exit()
+ask(f"set server {backend}/{engine} state ready")
+subprocess.run(["systemctl", "stop", *timers])
+"""
+LOOK_SECONDS = 5
 
 
 @contextlib.contextmanager
@@ -174,14 +201,27 @@ class Loans:
         """Return the engines that come back by themselves."""
         return {timer.removeprefix("gateway-return-").partition(":")[0] for timer in self.timers()}
 
-    def lend(self, name: str, seconds: float, command: str) -> None:
-        """Have a command said in a while, in place of what was to be said of this engine before."""
+    def lend(self, server: dict[str, Any], seconds: float, settled_seconds: float, drain_seconds: float) -> None:
+        """Have an engine taken back in a while, or as soon as it has settled, in place of what was to be before."""
+        name, began = server["name"], time.time()
         before = self.timers(name)
-        unit = f"gateway-return-{name}:{time.time_ns()}"
-        self.run(
-            *("systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={seconds:.0f}s"),
-            *("--timer-property=AccuracySec=1s", "/usr/bin/python3", "-c", SAY, self.socket, f"{command}\n"),
-        )
+        last = f"gateway-return-{name}:{time.time_ns()}"
+        looking = f"{last}-settled"
+
+        def timer(unit: str, settled: float, *when: str) -> None:
+            words = (self.socket, server["backend"], name, str(settled), str(drain_seconds), str(began))
+            self.run(
+                # Else the whole program would be the description, and its lines units in lists.
+                *("systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--description=Use {name} again"),
+                *(*when, "--timer-property=AccuracySec=1s"),
+                *("/usr/bin/python3", "-c", END, *words, f"{last}.timer", f"{looking}.timer"),
+            )
+
+        timer(last, 0, f"--on-active={seconds:.0f}s")
+        if settled_seconds:
+            timer(
+                looking, settled_seconds, f"--on-active={settled_seconds:.0f}s", f"--on-unit-inactive={LOOK_SECONDS}s"
+            )
         if before:
             self.run("systemctl", "stop", *before)
 
@@ -279,8 +319,9 @@ class Call:
         """Send the engines no new request."""
         for server in mine if self.params["for_seconds"] > 0 else ():
             # Before the drain, so that no kill of this process leaves one without an end.
-            back = f"set server {server['backend']}/{server['name']} state ready"
-            self.loans.lend(server["name"], self.params["for_seconds"], back)
+            self.loans.lend(
+                server, self.params["for_seconds"], self.params["settled_seconds"], self.params["timeout_seconds"]
+            )
             self.lent.add(server["name"])
         for server in differing:
             self.set(server, "state drain")
@@ -351,6 +392,7 @@ def main() -> None:
             "name": {"type": "str", "default": ""},
             "state": {"type": "str", "choices": ["drained", "ready", "present"], "default": "present"},
             "for_seconds": {"type": "float", "default": 0.0},
+            "settled_seconds": {"type": "float", "default": 0.0},
             "only_lent": {"type": "bool", "default": False},
             "served": {"type": "bool", "default": False},
             "models": {"type": "dict", "default": {}},

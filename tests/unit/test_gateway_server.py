@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +48,15 @@ class Loans:
 
     def __init__(self) -> None:
         """Have none."""
-        self.said: dict[str, tuple[float, str]] = {}
+        self.said: dict[str, tuple[float, float, float]] = {}
 
     def lent(self) -> set[str]:
         """Return the engines that have one."""
         return set(self.said)
 
-    def lend(self, name: str, seconds: float, command: str) -> None:
+    def lend(self, server: dict[str, Any], seconds: float, settled_seconds: float, drain_seconds: float) -> None:
         """Set one."""
-        self.said[name] = (seconds, command)
+        self.said[server["name"]] = (seconds, settled_seconds, drain_seconds)
 
     def end(self, name: str) -> None:
         """Stop one."""
@@ -67,7 +73,15 @@ def converge(
     proxy: HAProxy, name: str, state: str, *, dry: bool = False, loans: Loans | None = None, **more: Any
 ) -> dict[str, Any]:
     """Run the module's work against a socket."""
-    params = {"timeout_seconds": 5, "for_seconds": 0, "only_lent": False, "served": False, "models": {}, **more}
+    params = {
+        "timeout_seconds": 5,
+        "for_seconds": 0,
+        "settled_seconds": 0,
+        "only_lent": False,
+        "served": False,
+        "models": {},
+        **more,
+    }
     return gateway_server.converge({"name": name, "state": state, **params}, proxy.say, loans or Loans(), dry=dry)
 
 
@@ -137,8 +151,8 @@ def test_a_loan_has_its_end_before_it_begins(monkeypatch: pytest.MonkeyPatch) ->
     proxy, loans = HAProxy(*TWO), Loans()
     monkeypatch.setattr(proxy, "say", lambda command, say=proxy.say: say(command) if "drain" not in command else "no")
     with pytest.raises(SocketFault):
-        converge(proxy, "gpu-1", "drained", loans=loans, for_seconds=60)
-    assert loans.said == {"gpu-1-9": (60, "set server model_m/gpu-1-9 state ready")}
+        converge(proxy, "gpu-1", "drained", loans=loans, for_seconds=60, settled_seconds=20)
+    assert loans.said == {"gpu-1-9": (60, 20, 5)}
 
 
 def test_a_loan_is_given_back_and_lent_anew() -> None:
@@ -206,3 +220,70 @@ def test_a_host_that_would_serve_what_the_gateway_does_not_know_is_refused(model
 
 def test_all_engines_are_told_without_a_name() -> None:
     assert len(converge(HAProxy(*TWO), "", "present")["servers"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settled", "age", "last_change", "requests", "check", "is_taken_back"),
+    [
+        # It went, came, and has been good for long.
+        (20, 100, 30, 0, "L7OK", True),
+        # It came a moment ago, has a request, or is not good.
+        (20, 100, 10, 0, "L7OK", False),
+        (20, 100, 30, 1, "L7OK", False),
+        (20, 100, 30, 0, "L4CON", False),
+        # It has not gone yet: whoever drains may still wait for its last request, 60 s at most.
+        (20, 70, 900, 0, "L7OK", False),
+        (20, 70, 70, 0, "L7OK", False),
+        (20, 90, 900, 0, "L7OK", True),
+        # The end of the loan, whatever the engine does.
+        (0, 100, 1, 3, "L4CON", True),
+    ],
+)
+def test_a_loan_ends_by_itself_when_nobody_can_be_at_work_any_more(
+    tmp_path: Path, settled: int, age: int, last_change: int, requests: int, check: str, *, is_taken_back: bool
+) -> None:
+    said: list[str] = []
+    table = f"# pxname,svname,scur,lastchg,check_status,\nmodel_m,gpu-1-9,{requests},{last_change},{check},\n"
+    (tmp_path / "systemctl").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/stopped\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    path = str(tmp_path / "admin.sock")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _address = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    said.append(connection.recv(4096).decode().strip())
+                    connection.sendall(table.encode() if said[-1] == "show stat" else b"")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        words = [path, "model_m", "gpu-1-9", str(settled), "60", str(time.time() - age), "a.timer", "b.timer"]
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        subprocess.run([sys.executable, "-c", gateway_server.END, *words], check=True, env=environment)
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert ("set server model_m/gpu-1-9 state ready" in said) == is_taken_back
+    assert (tmp_path / "stopped").exists() == is_taken_back
+
+
+def test_timers_are_told_apart_from_what_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    loans = gateway_server.Loans("/run/admin.sock")
+
+    def run(*command: str) -> str:
+        asked.append(command)
+        return ""
+
+    monkeypatch.setattr(loans, "run", run)
+    loans.lend({"name": "gpu-1-9", "backend": "model_m"}, 900, 60, 300)
+    timers = [command for command in asked if command[0] == "systemd-run"]
+    assert len(timers) == 2
+    # systemd makes a description of the whole command, whose lines `systemctl list-units` would then show as units.
+    assert all(any(word.startswith("--description=") for word in command) for command in timers)
+    assert not any("\n" in word for command in timers for word in command if word.startswith("--"))
