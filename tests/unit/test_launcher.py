@@ -525,6 +525,18 @@ def test_parameters_of_llama_cpp_are_judged_too(unit: Unit) -> None:
     assert errors[0]["known"][0] == "n_parallel"
 
 
+def test_a_llama_cpp_that_knows_one_address_gets_it(unit: Unit, tmp_path: Path) -> None:
+    before = (STANDINS / "xllamacpp.py").read_text().replace('"hostnames"', '"hostname"')
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before/xllamacpp.py").write_text(
+        before.replace("self.hostnames = 1, 8080, [", "self.hostname = 1, 8080, *[")
+    )
+    unit.content["engine"] = "llama_cpp"
+    unit.content["arguments"] = ["model.path=/m.gguf", "port=1", 'hostnames=["127.0.0.1"]']
+    code, out, error = unit.ended("--check", str(unit.write()), PYTHONPATH=str(tmp_path / "before"))
+    assert code == 0, out + error
+
+
 # -- llama.cpp's door -------------------------------------------------------------------------------------------------
 
 

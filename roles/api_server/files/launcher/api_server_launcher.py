@@ -648,6 +648,9 @@ def llama_parameters(instance: Instance) -> tuple[Any, list[dict[str, Any]]]:
     errors: list[dict[str, Any]] = []
     for argument in instance.arguments:
         path, _equals, text = argument.partition("=")
+        if path == "hostnames" and not hasattr(parameters, path):
+            # Before October 2026 there was one.
+            path, text = "hostname", json.dumps(json.loads(text)[0])
         *parents, last = path.split(".")
         holder = functools.reduce(lambda place, name: getattr(place, name, None), parents, parameters)
         if not hasattr(holder, last):
