@@ -59,6 +59,7 @@ GIVEN_BY_ROLES = frozenset(
         "conda_env_release_built",
         "conda_env_release_prefix",
         "lmdeploy_release_prefix",
+        "preflight_settled",
         "preflight_wsl",
     }
 )
@@ -265,7 +266,10 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
             result["findings"] = data
         if survey is not None:
             # The survey saw it, so the playbook needn't ask the host again.
-            result["ansible_facts"] = {"preflight_wsl": survey["wsl"]["is_wsl"]}
+            result["ansible_facts"] = {
+                "preflight_wsl": survey["wsl"]["is_wsl"],
+                "preflight_settled": survey["settled"],
+            }
         if survey is not None and desired.engine == "lmdeploy":
             result["tp"] = {instance.unit: dealt.tp for instance, dealt in layout(desired, survey)}
             result["gpus"] = {instance.unit: list(dealt.gpus) for instance, dealt in layout(desired, survey)}

@@ -36,6 +36,8 @@ OWN_UNITS = ("api-server*.service", "open-webui.service", GATEWAY_UNIT)
 
 CONDA_BYTES = 1 * GB
 ENVIRONMENT_BYTES = {"lmdeploy": 10 * GB, "llama_cpp": GB // 2, "open_webui": 8 * GB, "open_webui_slim": 1 * GB}
+# What the roles llama_cpp and gateway have from the distribution.
+SYSTEM_PACKAGES = ("haproxy", "libgomp1", "libstdc++6")
 # Beside the weights there are tokenizer, code and what a download holds twice for a moment.
 MODEL_ROOM = 1.1
 
@@ -122,6 +124,16 @@ def survey_request(desired: Desired) -> dict[str, Any]:
         ],
         "units": list(OWN_UNITS),
         "urls": sorted({source.url for source in sources(desired)}),
+        # Where these are as wanted, the roles that bring them need not look themselves.
+        "trust_name": "selfhost-mirrors" if "mirrors" in desired.roles else "",
+        "conda": {
+            "prefix": desired.text("miniconda_prefix"),
+            "sha256": desired.text("miniconda_installer_sha256"),
+            "profile": "/etc/profile.d/conda.sh",
+        }
+        if "miniconda" in desired.roles
+        else {},
+        "system_packages": sorted({*SYSTEM_PACKAGES, *(desired.values.get("lmdeploy_system_packages") or [])}),
         "proxies": {
             "http_proxy": desired.text("mirrors_http_proxy"),
             "https_proxy": desired.text("mirrors_https_proxy"),

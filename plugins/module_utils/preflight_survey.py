@@ -139,6 +139,14 @@ class WslFacts(TypedDict):
     linux_drivers: list[str]
 
 
+class SettledFacts(TypedDict):
+    """What is as wanted already: the certificates of the mirrors, conda, and which packages of the distribution."""
+
+    trust: bool
+    conda: bool
+    packages: list[str]
+
+
 class Survey(TypedDict):
     """Everything that one call of the module ``host_survey`` tells about a host."""
 
@@ -163,6 +171,7 @@ class Survey(TypedDict):
     environments: dict[str, EnvironmentFacts]
     units: dict[str, UnitFacts]
     urls: dict[str, UrlFacts]
+    settled: SettledFacts
 
 
 def parse_os_release(text: str) -> dict[str, str]:

@@ -87,13 +87,14 @@ from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.settled import (
+    MARKER,
+    PROFILE,
+    has_profile,
+    is_whole,
+    unfinished,
+)
 
-MARKER = ".installer.json"
-PROFILE = """# Managed by Ansible (selfhost.lmdeploy): `conda` and `conda activate` for everyone.
-if [ -r {prefix}/etc/profile.d/conda.sh ]; then
-    . {prefix}/etc/profile.d/conda.sh
-fi
-"""
 # Content of the file beside the prefix while a first installation runs.
 FIRST = "first"
 LOCK = Path("/run/lock/selfhost-conda-installation.lock")
@@ -113,8 +114,7 @@ class Installation:
         """Take the task's parameters."""
         self.module = module
         self.prefix = Path(module.params["prefix"])
-        # Beside the prefix, since the installer refuses one that is there. It tells an interrupted run.
-        self.begun = self.prefix.with_name(f".{self.prefix.name}.installing")
+        self.begun = unfinished(self.prefix)
         self.profile = Path(module.params["profile"]) if module.params["profile"] else None
         self.timeout_seconds: int = module.params["timeout_seconds"]
 
@@ -122,8 +122,7 @@ class Installation:
 
     def installed(self) -> str | None:
         """Return the SHA-256 of the installer that a whole installation came from; '' when it is not known."""
-        needed = (self.prefix / "bin/conda", self.prefix / "bin/python", self.prefix / "conda-meta/history")
-        if self.begun.exists() or not all(path.exists() for path in needed):
+        if not is_whole(self.prefix):
             return None
         try:
             return str(json.loads((self.prefix / MARKER).read_text(encoding="utf-8"))["sha256"])
@@ -154,7 +153,7 @@ class Installation:
         found = self.installed()
         # One that somebody made by hand works, so it stays.
         is_there = found in {sha256, ""}
-        has_profile = self.has_profile()
+        is_known = self.has_profile()
         if not is_there:
             self.refuse_foreign(found)
         if not is_there and not self.module.check_mode:
@@ -162,33 +161,27 @@ class Installation:
                 # Another run may have installed it while this one waited.
                 if self.installed() != sha256:
                     self.install(installer, sha256)
-        if not has_profile and not self.module.check_mode:
+        if not is_known and not self.module.check_mode:
             self.write_profile()
-        result: dict[str, Any] = {"changed": not is_there or not has_profile, "prefix": str(self.prefix)}
+        result: dict[str, Any] = {"changed": not is_there or not is_known, "prefix": str(self.prefix)}
         if result["changed"]:
             result["diff"] = {
-                "after": self.described(found if is_there else sha256, has_profile=True),
+                "after": self.described(found if is_there else sha256, is_known=True),
                 "after_header": str(self.prefix),
-                "before": self.described(found, has_profile=has_profile),
+                "before": self.described(found, is_known=is_known),
                 "before_header": str(self.prefix),
             }
         return result
 
-    def described(self, installer: str | None, *, has_profile: bool) -> str:
+    def described(self, installer: str | None, *, is_known: bool) -> str:
         """Say in lines what is installed, for a diff."""
         lines = [] if installer is None else [f"installer {installer or 'unknown'}"]
-        lines += [f"profile {self.profile}"] if has_profile and self.profile else []
+        lines += [f"profile {self.profile}"] if is_known and self.profile else []
         return "".join(f"{line}\n" for line in lines)
 
     def has_profile(self) -> bool:
         """Tell whether login shells get conda from this installation, or nobody asked for that."""
-        if self.profile is None:
-            return True
-        try:
-            is_ours = self.profile.read_text(encoding="utf-8") == PROFILE.format(prefix=self.prefix)
-        except (OSError, ValueError):
-            return False
-        return is_ours and not self.profile.is_symlink()
+        return self.profile is None or has_profile(self.profile, self.prefix)
 
     def write_profile(self) -> None:
         """Give conda to login shells."""

@@ -24,6 +24,10 @@ options:
     type: list
     elements: path
     default: []
+  user:
+    description: Name of a system user to look for.
+    type: str
+    default: ""
 attributes:
   check_mode:
     description: It only reads.
@@ -72,6 +76,10 @@ release:
   description: Folder of the release that the environment's link points to; empty when there is none.
   returned: always
   type: str
+user:
+  description: C(home) and C(shell) of the user that was asked for; empty when there is none.
+  returned: always
+  type: dict
 models:
   description: The real path of each given model that is there.
   returned: always
@@ -87,6 +95,7 @@ units:
   elements: str
 """
 
+import pwd
 import re
 import subprocess
 from pathlib import Path
@@ -119,6 +128,15 @@ def real(path: str) -> str:
     return str(Path(path).resolve()) if path and Path(path).exists() else ""
 
 
+def account(name: str) -> dict[str, str]:
+    """Return home and shell of a system user, or nothing when there is none."""
+    try:
+        found = pwd.getpwnam(name)
+    except KeyError:
+        return {}
+    return {"home": found.pw_dir, "shell": found.pw_shell}
+
+
 def interfaces() -> dict[str, str]:
     """Return the IPv4 addresses of the host with their interfaces, loopback left out."""
     found = subprocess.run(["ip", "-4", "-o", "addr"], capture_output=True, text=True, check=False).stdout
@@ -132,6 +150,7 @@ def main() -> None:
         argument_spec={
             "environment": {"type": "path", "default": ""},
             "models": {"type": "list", "elements": "path", "default": []},
+            "user": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
@@ -148,6 +167,7 @@ def main() -> None:
         models={path: real(path) for path in module.params["models"] if real(path)},
         model_facts={path: survey_model(path) for path in module.params["models"] if real(path)},
         units=own_units(),
+        user=account(module.params["user"]),
     )
 
 

@@ -63,6 +63,20 @@ options:
     description: Certificates in PEM form to trust for O(urls) beside those of the host.
     type: str
     default: ''
+  trust_name:
+    description: Name under which the host is to trust exactly O(ca_pem); empty for no look.
+    type: str
+    default: ''
+  conda:
+    description: The C(prefix), C(sha256) and C(profile) that M(selfhost.lmdeploy.conda_installation) would be called
+      with; empty for no look.
+    type: dict
+    default: {}
+  system_packages:
+    description: Packages of the distribution to look for.
+    type: list
+    elements: str
+    default: []
   timeout_seconds:
     description: Seconds that all O(urls) together may take.
     type: float
@@ -106,6 +120,7 @@ from urllib.parse import unquote, urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import preflight_survey as facts
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import settled
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.host_look import (
     in_parallel,
     read,
@@ -305,6 +320,13 @@ def survey(parameters: dict[str, Any]) -> dict[str, Any]:
         },
         "units": survey_units(parameters["units"]) if booted else {},
         "urls": survey_urls(parameters["urls"], parameters["proxies"], parameters["ca_pem"], seconds),
+        "settled": {
+            "trust": bool(parameters["trust_name"]) and settled.trusts(parameters["trust_name"], parameters["ca_pem"]),
+            "conda": bool(parameters["conda"]) and settled.has_conda(**parameters["conda"]),
+            "packages": settled.installed_packages(parameters["system_packages"])
+            if parameters["system_packages"]
+            else [],
+        },
     }
 
 
@@ -329,6 +351,9 @@ def main() -> None:
             "urls": {"type": "list", "elements": "str", "default": [], "no_log": True},
             "proxies": {"type": "dict", "default": {}, "no_log": True},
             "ca_pem": {"type": "str", "default": "", "no_log": True},
+            "trust_name": {"type": "str", "default": ""},
+            "conda": {"type": "dict", "default": {}},
+            "system_packages": {"type": "list", "elements": "str", "default": []},
             "timeout_seconds": {"type": "float", "default": 4.0},
         },
         supports_check_mode=True,

@@ -92,6 +92,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.settled import parse_states, states_command
 
 LISTS = Path("/var/lib/apt/lists")
 STAMPS = (LISTS, Path("/var/lib/apt/periodic/update-success-stamp"))
@@ -215,15 +216,7 @@ class Packages:
 
     def states(self, names: list[str]) -> dict[str, str]:
         """Return dpkg's word for each package: `installed`, `unpacked`, `half-configured` and so on."""
-        shown = "--showformat=${Package} ${db:Status-Status}\n"
-        # It ends with 1 where it does not know one of them.
-        lines = self.call(["dpkg-query", "--show", shown, *names]).text.splitlines()
-        found = dict.fromkeys(names, "not-installed")
-        for words in (line.split() for line in lines):
-            # With several architectures one that is whole is enough.
-            if len(words) == 2 and words[0] in found and found[words[0]] != "installed":
-                found[words[0]] = words[1]
-        return found
+        return parse_states(names, self.call(states_command(names)).text)
 
     def patiently(self, command: list[str]) -> Said:
         """Run a program again while somebody else holds the locks."""

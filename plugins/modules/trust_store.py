@@ -59,41 +59,27 @@ files:
 
 import base64
 import hashlib
-import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.settled import (
+    BUNDLE,
+    CERTIFICATES,
+    certificate_files,
+    is_trusted,
+    present_files,
+    read,
+    split_certificates,
+)
 
-FOLDER = Path("/usr/local/share/ca-certificates")
-BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 TOOL = "update-ca-certificates"
-CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\s.*?\s-----END CERTIFICATE-----", re.DOTALL)
-
-
-def split_certificates(text: str) -> list[str]:
-    """Return the certificates of a PEM text, each with a newline at its end."""
-    return [match.group().replace("\r", "") + "\n" for match in CERTIFICATE.finditer(text)]
-
-
-def is_trusted(certificates: list[str], bundle: str) -> bool:
-    """Tell whether a bundle holds all certificates."""
-    return set(certificates) <= set(split_certificates(bundle))
 
 
 def fingerprints(certificates: Iterable[str]) -> str:
     """Return a line for each certificate: the SHA-256 that other tools show for it too."""
     found = ("".join(text.splitlines()[1:-1]) for text in certificates)
     return "".join(f"SHA-256 {hashlib.sha256(base64.b64decode(body)).hexdigest()}\n" for body in found)
-
-
-def read(path: Path) -> str:
-    """Return a file's text, empty when there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
 
 
 def main() -> None:
@@ -116,12 +102,11 @@ def main() -> None:
     if certificates and tool is None and not module.check_mode:
         module.fail_json(msg=f"{TOOL} is missing on this host: install the package ca-certificates.")
 
-    after = {FOLDER / f"{name}-{number}.crt": block for number, block in enumerate(certificates, 1)}
-    before = {path: read(path) for path in sorted(FOLDER.glob(f"{name}-*.crt"))}
+    after, before = certificate_files(name, certificates), present_files(name)
     result: dict[str, Any] = {"bundle": str(BUNDLE), "files": [str(path) for path in after]}
     result["changed"] = before != after or not is_trusted(certificates, read(BUNDLE))
     if result["changed"]:
-        title = f"{FOLDER}/{name}-*.crt"
+        title = f"{CERTIFICATES}/{name}-*.crt"
         result["diff"] = {"before": fingerprints(before.values()), "after": fingerprints(after.values())}
         result["diff"].update(before_header=title, after_header=title)
     if result["changed"] and not module.check_mode:

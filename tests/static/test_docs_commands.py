@@ -26,6 +26,7 @@ RUN: dict[str, tuple[str, str]] = {
     "script/test": (".ci/run", "script/test"),
     "script/docs": ("tests/static/test_commands.py", 'run("script/docs", "--check")'),
     "script/audit": ("tests/unit/test_script_audit.py", "script/audit"),
+    "script/bench scale": ("tests/unit/test_bench_scale.py", '"script/bench", "scale"'),
     "script/bench trust": ("tests/unit/test_faults.py", '"script/bench", "trust"'),
     "script/sanity": ("script/test", "aside sanity script/sanity"),
     "script/versions": ("script/test", "aside versions script/versions"),

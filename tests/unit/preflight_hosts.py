@@ -132,6 +132,7 @@ def host(**changes: Any) -> facts.Survey:
         "environments": {},
         "units": {},
         "urls": {},
+        "settled": {"trust": False, "conda": False, "packages": []},
         **changes,
     }
     return cast("facts.Survey", plain)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import settled
 from ansible_collections.selfhost.lmdeploy.plugins.modules import conda_installation, trust_store
 from ansible_collections.selfhost.lmdeploy.plugins.modules.conda_installation import Installation, InstallError
 
@@ -159,9 +160,9 @@ def test_absent_keeps_environments(tmp_path: Path) -> None:
 
 def test_certificates_are_found_in_any_text() -> None:
     pem = "-----BEGIN CERTIFICATE-----\nQUJD\n-----END CERTIFICATE-----\n"
-    found = trust_store.split_certificates(f"# Company CA\r\n{pem}text\n{pem.replace(chr(10), chr(13) + chr(10))}")
+    found = settled.split_certificates(f"# Company CA\r\n{pem}text\n{pem.replace(chr(10), chr(13) + chr(10))}")
     assert found == [pem, pem]
-    assert trust_store.split_certificates("none") == []
-    assert trust_store.is_trusted(found, f"others\n{pem}")
-    assert not trust_store.is_trusted(found, "others")
+    assert settled.split_certificates("none") == []
+    assert settled.is_trusted(found, f"others\n{pem}")
+    assert not settled.is_trusted(found, "others")
     assert trust_store.fingerprints([pem]) == f"SHA-256 {hashlib.sha256(b'ABC').hexdigest()}\n"

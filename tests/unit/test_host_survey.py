@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ansible_collections.selfhost.lmdeploy.plugins.module_utils import host_look
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import host_look, settled
 from ansible_collections.selfhost.lmdeploy.plugins.modules import host_survey
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NOTHING: dict[str, Any] = {
     "paths": [], "ports": [], "models": [], "environments": [], "units": [], "urls": [], "proxies": {}, "ca_pem": "",
-    "timeout_seconds": 2.0,
+    "trust_name": "", "conda": {}, "system_packages": [], "timeout_seconds": 2.0,
 }  # fmt: skip
 
 
@@ -198,3 +198,44 @@ def test_the_whole_survey_is_quick_and_complete_on_this_machine() -> None:
     assert found["memory_bytes"] > found["memory_free_bytes"] > 0
     assert abs(found["time"] - time.time()) < 5
     assert found["units"] == {}
+
+
+def test_what_is_as_wanted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pem = "-----BEGIN CERTIFICATE-----\nQUJD\n-----END CERTIFICATE-----\n"
+    monkeypatch.setattr(settled, "CERTIFICATES", tmp_path)
+    monkeypatch.setattr(settled, "BUNDLE", tmp_path / "bundle")
+    (tmp_path / "ours-1.crt").write_text(pem)
+    (tmp_path / "bundle").write_text(f"others\n{pem}")
+    prefix, profile = tmp_path / "conda", tmp_path / "conda.sh"
+    for name in ("bin/conda", "bin/python", "conda-meta/history"):
+        (prefix / name).parent.mkdir(parents=True, exist_ok=True)
+        (prefix / name).touch()
+    (prefix / settled.MARKER).write_text('{"sha256": "ab"}')
+    profile.write_text(settled.PROFILE.format(prefix=prefix))
+    wanted: dict[str, Any] = {
+        "trust_name": "ours",
+        "ca_pem": pem,
+        "conda": {"prefix": str(prefix), "sha256": "AB", "profile": str(profile)},
+        "system_packages": ["libc6", "no-such-package"],
+    }
+
+    def look(**changes: Any) -> Any:
+        # The certificate of the test is none, so no address is tried with it.
+        monkeypatch.setattr(host_survey, "survey_urls", lambda *_: [])
+        return host_survey.survey({**NOTHING, **wanted, **changes})["settled"]
+
+    assert look() == {"trust": True, "conda": True, "packages": ["libc6"]}
+    # Another certificate, one too many, or none where one is.
+    assert not look(ca_pem="")["trust"]
+    assert not look(ca_pem=pem.replace("QUJD", "QUJE"))["trust"]
+    assert not look(trust_name="")["trust"]
+    (tmp_path / "bundle").write_text("others\n")
+    assert not look()["trust"]
+    # Another installer, a run that was cut, a profile that somebody changed.
+    assert not look(conda={**wanted["conda"], "sha256": "cd"})["conda"]
+    settled.unfinished(prefix).touch()
+    assert not look()["conda"]
+    settled.unfinished(prefix).unlink()
+    profile.write_text("")
+    assert not look()["conda"]
+    assert look(conda={}, system_packages=[], trust_name="") == {"trust": False, "conda": False, "packages": []}

@@ -221,8 +221,8 @@ def facts_set_by_roles() -> set[str]:
 
 
 def test_facts_that_roles_set_are_known() -> None:
-    # The last one is preflight's own, out of its survey.
-    assert facts_set_by_roles() | {"preflight_wsl"} == set(preflight.GIVEN_BY_ROLES)
+    # The last ones are preflight's own, out of its survey.
+    assert facts_set_by_roles() | {"preflight_settled", "preflight_wsl"} == set(preflight.GIVEN_BY_ROLES)
 
 
 @pytest.mark.parametrize("role", ["mirrors", "miniconda", "conda_env", "model_weights", "api_server", "open_webui"])
