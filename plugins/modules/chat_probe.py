@@ -40,6 +40,10 @@ options:
     description: How long the answer may get, in tokens.
     type: int
     default: 64
+  tells_health:
+    description: Whether the server has a C(/health) of its own. A gateway has none; there it is the web interface's.
+    type: bool
+    default: true
   timeout_seconds:
     description: Seconds to wait for each answer.
     type: float
@@ -105,6 +109,7 @@ def main() -> None:
             "question": {"type": "str", "default": "What is the capital of France? Answer in one sentence."},
             "expected": {"type": "str", "default": ""},
             "max_tokens": {"type": "int", "default": 64, "no_log": False},
+            "tells_health": {"type": "bool", "default": True},
             "timeout_seconds": {"type": "float", "default": 120.0},
         },
         supports_check_mode=True,
@@ -115,7 +120,14 @@ def main() -> None:
         # Whatever happens from here on, the key is blanked in what Ansible shows.
         module.no_log_values.update({key} - {""})
         server = OpenAI(given["url"], key, given["timeout_seconds"])
-        found = probe(server, given["model"], given["question"], given["max_tokens"], guarded=bool(key))
+        found = probe(
+            server,
+            given["model"],
+            given["question"],
+            given["max_tokens"],
+            guarded=bool(key),
+            tells_health=given["tells_health"],
+        )
     except (ApiFault, OSError, ValueError) as fault:
         module.fail_json(msg=f"The engine at {given['url']} does not serve {given['model']}: {fault}")
     if given["expected"] and not re.search(given["expected"], found.answer, re.IGNORECASE):

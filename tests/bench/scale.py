@@ -171,7 +171,7 @@ def steps(fleet: Fleet, chosen: argparse.Namespace) -> dict[str, dict[str, Any]]
         return PLACE / f"scale-{fleet.count}-{name}.log"
 
     found = {}
-    # Where the names are more than the hosts, the hosts are there already, and the gateway alone has something to learn.
+    # Where names are more than hosts, the hosts are there already, and the gateway alone has something to learn.
     known = ["--limit", GATEWAY] if fleet.count > chosen.real else []
     begun = measured([*fleet.playbook("site.yml"), *known], log("first"))
     if first:

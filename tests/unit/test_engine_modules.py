@@ -44,6 +44,12 @@ def test_a_probe_tells_what_is_wrong_and_never_the_key(engine: FakeEngine) -> No
     assert KEY not in str(caught.value)
 
 
+def test_a_gateway_has_no_health_of_its_own(engine: FakeEngine) -> None:
+    engine.health_status = 404
+    server = OpenAI(f"http://127.0.0.1:{engine.port}", KEY, 5.0)
+    assert probe(server, "smol", "?", 16, guarded=True, tells_health=False).answer
+
+
 def test_an_engine_that_lets_everybody_in_is_a_fault(engine: FakeEngine) -> None:
     engine.guarded = False
     with pytest.raises(ApiFault, match="answers 200 without a key instead of 401"):

@@ -184,6 +184,14 @@ def test_where_nothing_is_to_do_nothing_is_done() -> None:
     assert "nothing to do" in output
 
 
+def test_operators_see_the_gateway_and_ask_through_it() -> None:
+    done = playbook("status")
+    assert all(f"{name}-23333 in use" in done.stdout for name in HOSTS)
+    done = playbook("smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{MODEL} through the gateway" in done.stdout
+
+
 @full
 def test_the_plan_is_told_beforehand() -> None:
     before = serving()
