@@ -58,6 +58,7 @@ files:
 """
 
 import base64
+import fcntl
 import hashlib
 import re
 from collections.abc import Iterable
@@ -69,6 +70,7 @@ from ansible.module_utils.basic import AnsibleModule
 FOLDER = Path("/usr/local/share/ca-certificates")
 BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 TOOL = "update-ca-certificates"
+LOCK = Path("/run/selfhost-trust-store.lock")
 CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\s.*?\s-----END CERTIFICATE-----", re.DOTALL)
 
 
@@ -116,6 +118,10 @@ def main() -> None:
     if certificates and tool is None and not module.check_mode:
         module.fail_json(msg=f"{TOOL} is missing on this host: install the package ca-certificates.")
 
+    if not module.check_mode:
+        # Held until this process ends: the tool has no lock of its own, and two at once mix up the bundle.
+        lock = LOCK.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
     after = {FOLDER / f"{name}-{number}.crt": block for number, block in enumerate(certificates, 1)}
     before = {path: read(path) for path in sorted(FOLDER.glob(f"{name}-*.crt"))}
     result: dict[str, Any] = {"bundle": str(BUNDLE), "files": [str(path) for path in after]}
