@@ -205,7 +205,8 @@ def test_a_full_disk_is_named_and_room_is_enough_to_go_on(
 def test_a_full_disk_under_configuration_leaves_what_runs(folder: str) -> None:
     """What is written is written beside, so a file is the old or the new one, never half of one."""
     HOST.ssh(
-        f"cp -a {folder} /root/kept && mount -t tmpfs -o size=1m,mode=$(stat -c %a {folder}) none {folder} && "
+        f"rm -rf /root/kept && cp -a {folder} /root/kept && "
+        f"mount -t tmpfs -o size=1m,mode=$(stat -c %a {folder}) none {folder} && "
         f"cp -a /root/kept/. {folder}/ && ! cat /dev/zero >{folder}/filler"
     )
     try:
