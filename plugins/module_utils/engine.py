@@ -95,7 +95,11 @@ def tensor_parallel(wanted: str | int, gpus: int, *, wsl: bool) -> int:
     On WSL NCCL finds no peer access between GPUs, so more than one must be asked for by number.
     """
     if wanted != "auto":
-        return int(wanted)
+        try:
+            return int(wanted)
+        except OverflowError as error:
+            # YAML's .inf: no number of cards, as a word is none.
+            raise ValueError(str(error)) from error
     return 1 if wsl else automatic_tp(gpus)
 
 

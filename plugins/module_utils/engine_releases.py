@@ -546,6 +546,9 @@ class Releases:
         """Write down that a release is confirmed."""
         history = [release, *(other for other in self.history() if other != release)]
         write_json(self.home / STATE, {"confirmed": history}, 0o644)
+        # A boot that could not end a switch has been made good: its unit would stay in `systemctl --failed` for ever.
+        with contextlib.suppress(ReleaseFault):
+            self.manager.run("systemctl", "reset-failed", BOOT_UNIT)
 
     def settle(self) -> None:
         """End a pending switch, whatever its outcome was."""

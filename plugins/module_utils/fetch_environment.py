@@ -37,7 +37,11 @@ def faults(settings: Mapping[str, Any]) -> list[str]:
     for name in ADDRESSES:
         value = settings.get(name) or ""
         schemes = SCHEMES.get(name, ("http", "https"))
-        address = urlsplit(value)
+        try:
+            address = urlsplit(value)
+        except ValueError:
+            # A bracket that begins no IPv6 address.
+            address = urlsplit("")
         is_whole = address.scheme in schemes and bool(address.path if address.scheme == "file" else address.hostname)
         if value and not is_whole:
             found.append(f"mirrors_{name} is {value!r}: write it as {schemes[-1]}://...")

@@ -269,12 +269,20 @@ def _urls(desired: Desired) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 def check_urls(desired: Desired) -> Iterator[Finding]:
     """url: an address has a scheme and a host. A slash at its end is fine: the roles take it off."""
     for variable, url, schemes in _urls(desired):
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            # A bracket that begins no IPv6 address.
+            parts = urlsplit("")
         if parts.scheme in schemes and (parts.netloc or parts.scheme == "file"):
             continue
         example = "https://HOST/v1" if "connections" in variable else "https://HOST"
         why = "An address starts with " + " or ".join(f"{scheme}://" for scheme in schemes) + " and names a host."
         yield desired.fault("url", variable, url, why, f"Write {variable} as {example}.")
+    bundle = desired.text("mirrors_bundle_dir")
+    if bundle and not bundle.startswith("/"):
+        fix = "Set mirrors_bundle_dir to the folder's whole path on the host, or to nothing."
+        yield desired.fault("url", "mirrors_bundle_dir", bundle, "Addresses of packages are made of this path.", fix)
 
 
 def check_folders(desired: Desired) -> Iterator[Finding]:

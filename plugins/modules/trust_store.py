@@ -58,8 +58,10 @@ files:
 """
 
 import base64
+import fcntl
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -74,6 +76,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.settled import (
 )
 
 TOOL = "update-ca-certificates"
+LOCK = Path("/run/selfhost-trust-store.lock")
 
 
 def fingerprints(certificates: Iterable[str]) -> str:
@@ -102,6 +105,10 @@ def main() -> None:
     if certificates and tool is None and not module.check_mode:
         module.fail_json(msg=f"{TOOL} is missing on this host: install the package ca-certificates.")
 
+    if not module.check_mode:
+        # Held until this process ends: the tool has no lock of its own, and two at once mix up the bundle.
+        lock = LOCK.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
     after, before = certificate_files(name, certificates), present_files(name)
     result: dict[str, Any] = {"bundle": str(BUNDLE), "files": [str(path) for path in after]}
     result["changed"] = before != after or not is_trusted(certificates, read(BUNDLE))

@@ -19,7 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/faults"))
 
-import figures  # noqa: E402  # found by the line above
+import campaign  # noqa: E402  # found by the line above
+import figures  # noqa: E402  # as above
 
 # What makes each figure.
 CHECKS = {
@@ -29,6 +30,14 @@ CHECKS = {
     "units": "script/test trust",
     "ports": "script/test gateway",
     "firewall": "script/test firewall",
+}
+
+SAID = {
+    "controller": "kills of the controller",
+    "power": "power cuts",
+    "redeploy": "redeploy.yml on a live fleet",
+    "site": "site.yml on a bare host",
+    "site-ui": "site.yml on a bare host with Open WebUI",
 }
 
 
@@ -42,11 +51,12 @@ def make() -> None:
 def sentence(topic: str, figure: dict[str, Any]) -> str:
     """Return what a figure says."""
     if topic == "moments":
-        kinds = [entry["kind"] for entry in figure["cuts"]]
-        return (
-            f"{figure['survived']} of {figure['tried']} moments survived in a run of {figure['seconds']} s (controller "
-            f"killed {kinds.count('controller')} times, power cut {kinds.count('power')} times; seed {figure['seed']})"
-        )
+        told = [
+            f"{counts['survived']} of {counts['tried']} {SAID[kind]} in {SAID[series]}"
+            for series, kinds in sorted(figure["series"].items())
+            for kind, counts in sorted(kinds.items())
+        ]
+        return f"the same in the end after {', '.join(told)}"
     if topic == "faults":
         return f"{figure['survived']} of {figure['tried']} faults told clearly or mended, nothing lost"
     if topic == "inputs":
@@ -78,6 +88,8 @@ def main() -> None:
     if parser.parse_args().run:
         make()
     found = figures.noted()
+    if met := campaign.known():
+        found["moments"] = {"day": max(entry["day"] for entry in met), "series": campaign.summary(met), "met": met}
     version = next(
         line.split()[1] for line in (ROOT / "galaxy.yml").read_text().splitlines() if line.startswith("version:")
     )

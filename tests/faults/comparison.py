@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_right
+from dataclasses import dataclass
 from typing import Any
 
 State = dict[str, Any]
@@ -13,9 +15,9 @@ State = dict[str, Any]
 OWN_CONTENT = (
     r"/etc/api-server/api-key",  # generated
     r"/etc/open-webui/(secret-key|admin-password|admin\.json|open-webui\.env)",  # generated, or holds what was
-    r"/etc/gateway/.*",  # holds generated keys and their digests
+    r"/etc/gateway/(private/.*|keys\.map|ca\.crt|gateway\.pem)",  # generated keys, their digests and certificates
     r"/etc/machine-id",
-    r"/etc/(passwd|group|shadow|gshadow)",  # numbers and days; names are compared by the owners of files
+    r"/etc/(passwd|group|shadow|gshadow)",  # numbers and days; the names are compared by themselves
     r"/etc/ld\.so\.cache",
     r".*/conda-meta/(history|.*\.json)",  # says when it was made
     r".*/(release|\.installer)\.json",  # says when it was made
@@ -32,7 +34,9 @@ OWN_PATHS = (
     r"/var/cache/(api-server|open-webui)/.*",
     r"/var/backups/.*",
     r".*\.pyc",
-    r"/opt/miniconda3/pkgs/\.[^/]+(/.*)?",  # what conda was unpacking when the power was cut; nobody reads it
+    # What conda was unpacking into its cache when the power was cut: its own half packages, which it never reads and
+    # `conda clean` removes. Known names would tie the role to the inside of conda, so it leaves them there.
+    r"/opt/miniconda3/pkgs/\.[^/]+(/.*)?",
 )
 # Units that come and go by themselves.
 OWN_UNITS = r"(systemd-|apt-daily|dpkg-db-backup|e2scrub|fstrim|user@|user-runtime-dir@|session-|run-|serial-getty).*"
@@ -60,14 +64,36 @@ def differences(wanted: State, found: State) -> list[str]:
         first, second = wanted["units"].get(unit, "not there"), found["units"].get(unit, "not there")
         if first != second and not re.fullmatch(OWN_UNITS, unit):
             told.append(f"unit {unit}: {second}, wanted {first}")
-    told += [f"package {line} is missing" for line in wanted["packages"] if line not in found["packages"]]
-    told += [f"package {line} is too much" for line in found["packages"] if line not in wanted["packages"]]
+    for word in ("packages", "accounts"):
+        told += [f"{word.removesuffix('s')} {line} is missing" for line in wanted[word] if line not in found[word]]
+        told += [f"{word.removesuffix('s')} {line} is too much" for line in found[word] if line not in wanted[word]]
+    told += [
+        f"server {name} of the gateway: {found['servers'].get(name, 'not there')}, wanted {word}"
+        for name, word in wanted["servers"].items()
+        if found["servers"].get(name) != word
+    ]
     if found["answer"] != wanted["answer"]:
         told.append(f"the model's answer: {found['answer']!r}, wanted {wanted['answer']!r}")
     return told
 
 
-def moments(count: int, seconds: float, seed: int) -> list[float]:
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a run: so many seconds after its nth task began, or after the run did where that is 0.
+
+    Seconds of the run alone would miss its last tasks where the machine is busier than it was in the undisturbed run.
+    """
+
+    task: int
+    seconds: float
+
+
+def moments(count: int, seconds: float, starts: list[float], seed: int) -> list[Moment]:
     """Return random moments of a run, one in each of equal parts of it, so that the whole run is covered."""
     chance = random.Random(seed)  # noqa: S311  # repeatable on purpose
-    return [seconds * (part + chance.random()) / count for part in range(count)]
+    found = []
+    for part in range(count):
+        at = seconds * (part + chance.random()) / count
+        task = bisect_right(starts, at)
+        found.append(Moment(task, round(at - (starts[task - 1] if task else 0.0), 2)))
+    return found

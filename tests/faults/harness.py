@@ -14,11 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from comparison import Moment, State
+from leash import KILLED
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent
 URL, KEY_FILE, MODEL = "http://127.0.0.1:8444", "/etc/gateway/private/api-key", "SmolLM2-135M-Instruct"
 BOOT_SECONDS = 60
-ANSWER_SECONDS = 60
+TASK = "TASK ["
+# HAProxy asks engines every 2 s, and takes one back after its first good answer.
+BACK_SECONDS = 10
 
 
 @dataclass
@@ -28,11 +33,24 @@ class Run:
     code: int
     output: str
     seconds: float
+    # When each task began, in seconds of the run.
+    starts: list[float] = field(default_factory=list)
+
+    def was_cut(self) -> bool:
+        """Tell whether the run was killed, rather than that it ended by itself."""
+        return self.code == KILLED
 
     def task(self) -> str:
         """Return the task that ran last."""
         found = re.findall(r"^TASK \[(.*)\]", self.output, re.MULTILINE)
         return str(found[-1]) if found else "before the first task"
+
+    def longest(self, count: int = 8) -> str:
+        """Return the tasks that took longest, with their seconds."""
+        names = re.findall(r"^TASK \[(.*)\]", self.output, re.MULTILINE)
+        ends = [*self.starts[1:], self.seconds]
+        taken = [(end - start, name) for start, end, name in zip(self.starts, ends, names, strict=False)]
+        return ", ".join(f"{name} {seconds:.1f} s" for seconds, name in sorted(taken, reverse=True)[:count])
 
     def failure(self) -> str:
         """Return what went wrong, on one line."""
@@ -84,30 +102,30 @@ class Host:
         words = ["ssh", "-F", str(ROOT / ".lab/ssh/config"), "-o", "ConnectTimeout=5", self.name, command]
         return subprocess.run(words, input=text, capture_output=True, text=True, check=check)
 
-    def told(self, *arguments: str) -> dict[str, Any]:
+    def told(self, *arguments: str) -> State:
         """Run state.py on the host and return what it prints."""
         program = (FOLDER / "state.py").read_text(encoding="utf-8")
         words = " ".join(map(shlex.quote, (URL, KEY_FILE, MODEL, *arguments)))
-        found: dict[str, Any] = json.loads(self.ssh(f"python3 - {words}", program).stdout)
+        found: State = json.loads(self.ssh(f"python3 - {words}", program).stdout)
         return found
 
-    def state(self) -> dict[str, Any]:
-        """Return files, units, packages and the answer of the model, which may take its time on a busy machine."""
-        found = self.told()
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while found["answer"].startswith("no answer") and time.monotonic() < deadline:
-            time.sleep(1)
-            found["answer"] = self.answer()
-        return found
+    def state(self) -> State:
+        """Return what state.py tells, once the gateway has had its time to find the engines up."""
+        deadline = time.monotonic() + BACK_SECONDS
+        while (servers := self.told("servers")["servers"]) and set(servers.values()) != {"up"}:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        return self.told()
 
     def answer(self) -> str:
         """Return how the model answers a client of the gateway, or why it does not."""
         return str(self.told("answer")["answer"])
 
     def play(
-        self, playbook: str = "site.yml", *, cut_after: float | None = None, power: bool = False, **variables: Any
+        self, playbook: str = "site.yml", *, cut: Moment | None = None, power: Host | None = None, **variables: Any
     ) -> Run:
-        """Run a playbook to its end, or kill its controller after some seconds; ``power`` cuts the host's before.
+        """Run a playbook to its end, or kill its controller at a moment; the power of a host is cut with it.
 
         Each run has connections of its own, as each run of another controller has.
         """
@@ -116,6 +134,8 @@ class Host:
                 **os.environ,
                 "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
                 "ANSIBLE_FORCE_COLOR": "0",
+                # Else a task is told of when it has ended, and not when it began.
+                "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "1",
                 "ANSIBLE_SSH_CONTROL_PATH_DIR": f"{folder}/cp",
                 "PYTHONUNBUFFERED": "1",
             }
@@ -135,11 +155,26 @@ class Host:
                 ) as process,
             ):
                 try:
-                    process.wait(cut_after)
-                except subprocess.TimeoutExpired:
-                    if power:
-                        self.cut_power()
+                    starts = watch(process, log, cut, began)
+                    if power and process.poll() is None:
+                        power.cut_power()
                 finally:
                     process.terminate()
                 code = process.wait()
-            return Run(code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - began)
+            return Run(code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - began, starts)
+
+
+def watch(process: subprocess.Popen[bytes], log: Path, cut: Moment | None, began: float) -> list[float]:
+    """Wait for the end of a run, or for the moment to cut it; return when each task began."""
+    starts: list[float] = []
+    text = ""
+    with log.open(encoding="utf-8", errors="replace") as stream:
+        while process.poll() is None:
+            text += stream.read()
+            starts += [time.monotonic() - began] * (text.count(TASK) - len(starts))
+            reached = not cut or not cut.task or len(starts) >= cut.task
+            since = (starts[cut.task - 1] if cut.task else 0.0) if cut and reached else 0.0
+            if cut and reached and time.monotonic() - began - since >= cut.seconds:
+                break
+            time.sleep(0.02)
+    return starts

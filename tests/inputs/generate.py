@@ -297,7 +297,8 @@ def contradictions() -> Iterator[Fault]:
         ("miniconda_installer_sha256", "not one", {"miniconda_installer_sha256": "zz"}),
         ("api_server_tp", "three", {**GPU, "api_server_tp": "3"}),
         ("api_server_trust_remote_code", "a word", {
-            **GPU, "api_server_trust_remote_code": "false"}),
+            # One engine: two would not fit on the card, and that alone would be refused.
+            **GPU, "api_server_trust_remote_code": "false", "api_server_instances": []}),
         ("open_webui_signup_enabled", "a word", {"open_webui_signup_enabled": "false"}),
     ):  # fmt: skip
 

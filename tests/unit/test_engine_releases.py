@@ -15,6 +15,7 @@ import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.lookup.data_url import data_url
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine_releases, openai_api
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine_releases import (
+    BOOT_UNIT,
     TOKEN,
     Manager,
     ReleaseFault,
@@ -40,6 +41,7 @@ class FakeManager(Manager):
         self.broken = ""
         self.done: list[str] = []
         self.killed_at = ""
+        self.failed: set[str] = set()
 
     def run(self, *command: str) -> str:
         """Do what systemd would."""
@@ -58,6 +60,8 @@ class FakeManager(Manager):
             self.active = "active"
         elif action == "stop" and "timer" not in words[-1]:
             self.active = "inactive"
+        elif action == "reset-failed":
+            self.failed.discard(words[-1])
         elif action in ("enable", "disable"):
             self.enabled = f"{action}d"
         elif action == "show":
@@ -123,6 +127,17 @@ def test_a_release_that_lost_a_file_is_built_again(host: Releases, engine: FakeE
     assert not host.is_whole(one)
     assert build(host, engine, 1) == one
     assert host.is_whole(one)
+
+
+def test_a_switch_that_serves_makes_good_a_boot_that_failed(host: Releases, engine: FakeEngine) -> None:
+    """The unit that ends a cut switch at boot is not called failed any more; it is as long as nothing serves."""
+    systemd(host).failed.add(BOOT_UNIT)
+    wrong = build(host, engine, 1, expected="london")
+    with pytest.raises(ReleaseFault):
+        switch(host, wrong)
+    assert systemd(host).failed == {BOOT_UNIT}
+    switch(host, build(host, engine, 2))
+    assert systemd(host).failed == set()
 
 
 def test_a_release_that_serves_stays(host: Releases, engine: FakeEngine) -> None:

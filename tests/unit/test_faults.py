@@ -12,8 +12,9 @@ from typing import Any
 import mirror
 import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.conda_releases import parse_lock
-from comparison import differences, moments
-from harness import Run
+from campaign import latest, summary, survived
+from comparison import Moment, differences, moments
+from harness import Run, watch
 from leash import KILLED
 
 LEASH = Path(__file__).parents[1] / "faults/leash.py"
@@ -30,6 +31,8 @@ def state(**changes: Any) -> dict[str, Any]:
         "files": files,
         "units": {"api-server.service": "enabled active"},
         "packages": ["a 1 installed"],
+        "accounts": ["user api-server"],
+        "servers": {"host": "up"},
         "answer": "P",
     }
     return {**whole, **changes}
@@ -43,10 +46,36 @@ def changed(path: str, place: int, word: str) -> dict[str, Any]:
 
 
 def test_moments_repeat_and_cover_the_whole_run() -> None:
-    found = moments(60, 120.0, 7)
-    assert found == moments(60, 120.0, 7)
-    assert found != moments(60, 120.0, 8)
-    assert [int(moment // 2) for moment in found] == list(range(60))
+    starts = [1.0, 50.0, 119.0]
+    found = moments(60, 120.0, starts, 7)
+    assert found == moments(60, 120.0, starts, 7)
+    assert found != moments(60, 120.0, starts, 8)
+    assert found[0].task in (0, 1)
+    assert all(moment.seconds >= 0 for moment in found)
+    seconds = [moment.seconds + (starts[moment.task - 1] if moment.task else 0) for moment in found]
+    assert [int(second // 2) for second in seconds] == list(range(60))
+
+
+def test_a_run_is_cut_some_time_after_a_task_began(tmp_path: Path) -> None:
+    """However slow the tasks before it are."""
+    log = tmp_path / "log"
+    script = "for n in 1 2 3; do echo; echo 'TASK [a]'; sleep 0.3; done; exec sleep 60"
+    with log.open("wb") as stream, subprocess.Popen(["sh", "-c", script], stdout=stream) as process:
+        starts = watch(process, log, Moment(2, 0.1), time.monotonic())
+        process.kill()
+    assert len(starts) == 2
+    with log.open("wb") as stream, subprocess.Popen(["true"], stdout=stream) as process:
+        assert watch(process, log, Moment(2, 0.1), time.monotonic()) == []
+
+
+def test_a_moment_that_was_lost_stays_in_the_figures() -> None:
+    """Also where it is met again after its fault was mended; then only the last time says what is lost."""
+    entry = {"series": "site", "kind": "power", "of": 2, "seed": 5, "number": 0, "differences": ["x"]}
+    entries = [entry, {**entry, "number": 1, "differences": []}]
+    assert summary(entries) == {"site": {"power": {"tried": 2, "survived": 1}}}
+    again = [*entries, {**entry, "differences": []}]
+    assert summary(again) == {"site": {"power": {"tried": 3, "survived": 2}}}
+    assert [survived(one) for one in latest(again)] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +89,9 @@ def test_moments_repeat_and_cover_the_whole_run() -> None:
         (state(units={"api-server.service": "disabled"}), "unit api-server.service: disabled, wanted enabled active"),
         (state(packages=["a 1 unpacked"]), "package a 1 installed is missing"),
         (state(answer="London"), "answer: 'London'"),
+        (state(servers={"host": "held back"}), "server host of the gateway: held back, wanted up"),
+        (state(accounts=[]), "account user api-server is missing"),
+        (changed("/etc/gateway/haproxy.cfg", 3, "other"), "content other, wanted hash"),
     ],
 )
 def test_a_difference_is_seen(found: dict[str, Any], words: str) -> None:

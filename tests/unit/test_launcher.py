@@ -362,6 +362,20 @@ def test_it_serves_in_process_and_the_key_does_not_show(unit: Unit, manager: Man
     assert given["given"]["api_keys"] == [KEY]
 
 
+def test_a_request_opens_no_file_of_the_host(unit: Unit, manager: Manager, tmp_path: Path) -> None:
+    """Neither by a URL nor by a path, whether it exists or not; what comes with the request, and addresses, go on."""
+    (tmp_path / "picture.png").write_text("of somebody else")
+    refused = [f"file://{tmp_path}/picture.png", f"FILE://{tmp_path}/picture.png", f"{tmp_path}/picture.png", "/none"]
+    urls = [*refused, "data:image/png;base64,AAAA", "https://example.org/a.png"]
+    process = unit.start(FAKE_PICTURES=" ".join(urls))
+    wait_until(lambda: manager.count("READY=1"), 20)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    told = [line.removeprefix("picture: ") for line in out.splitlines() if line.startswith("picture: ")]
+    assert told[:4] == ["The engine opens no file of its host. Send the content itself, as a data: URL."] * 4
+    assert told[4:] == ["'image/png;base64,AAAA'", "'fetched https://example.org/a.png'"]
+
+
 def status(port: int, key: str) -> int:
     """Return how an engine answers a key."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)

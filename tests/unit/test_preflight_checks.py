@@ -100,6 +100,8 @@ FAULTS: list[tuple[str, Desired, dict[str, Any], list[str]]] = [
     ("url", wish(open_webui_connections=[{"url": "http:///v1"}]), {}, ["names a host"]),
     ("url", wish(open_webui_ollama_urls=["ollama:11434"]), {}, ["open_webui_ollama_urls[0]"]),
     ("url", wish(mirrors_pip_index_url="mirror/simple"), {}, ["mirrors_pip_index_url"]),
+    ("url", wish(mirrors_hf_endpoint="https://[hub"), {}, ["mirrors_hf_endpoint"]),
+    ("url", wish(mirrors_bundle_dir="['a']"), {}, ["mirrors_bundle_dir", "whole path"]),
     ("data_dir", wish(open_webui_data_dir="/opt/miniconda3/envs/open-webui/data"), {}, ["miniconda_prefix"]),
     ("data_dir", wish(model_weights_dir="/opt/miniconda3"), {}, ["model_weights_dir"]),
     (

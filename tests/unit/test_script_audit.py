@@ -14,6 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted(ROOT.glob("roles/*/files/locks/*.txt"))
 
 
+def test_a_release_has_a_bill_of_every_lock(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "script/audit"), "--sbom", "--into", str(tmp_path / "bills")]
+    subprocess.run(command, check=True)
+    found = {path.name for path in (tmp_path / "bills").iterdir()}
+    version = re.search(r"^version: (\S+)$", (ROOT / "galaxy.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version
+    assert found == {f"selfhost-lmdeploy-{version[1]}-{lock.stem}.cdx.json" for lock in LOCKS}
+    assert len(found) == len(LOCKS)
+
+
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: str(path.stem))
 def test_a_bill_names_every_package_of_a_lock(lock: Path) -> None:
     command = [sys.executable, str(ROOT / "script/audit"), "--sbom", str(lock)]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import figures
 import pytest
 
+# Counted by the campaign of moments itself.
+MOMENTS = ("test_after_a_cut_at_any_moment", "test_a_redeploy_that_was_cut")
 FATES: dict[str, str] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Remember how a test ended; one that was left out is no fault."""
     name = report.nodeid.partition("::")[2]
-    if "at_any_moment" not in name and not report.skipped and (report.when == "call" or report.failed):
+    if not name.startswith(MOMENTS) and not report.skipped and (report.when == "call" or report.failed):
         FATES[name] = "survived" if report.passed else "not survived"
 
 

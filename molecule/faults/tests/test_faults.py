@@ -3,7 +3,9 @@
 The tests stand in the order in which they run. First one host is brought up undisturbed; then single faults meet it,
 and each leaves it serving; then it is made anew for every moment at which the controller, or the host's power, is cut.
 
-FAULTS_MOMENTS and FAULTS_POWER_CUTS say how many moments, FAULTS_SEED which ones, FAULTS_UI=1 adds Open WebUI.
+FAULTS_MOMENTS and FAULTS_POWER_CUTS say how many moments, FAULTS_REDEPLOY_MOMENTS and FAULTS_REDEPLOY_POWER_CUTS
+how many of a redeploy, FAULTS_SEED which ones; what artifacts/trust/moments.jsonl holds is not tried again. FAULTS_UI=1
+adds Open WebUI.
 FAULTS_KEPT=1 takes a host that is up already for the undisturbed one, while a test is being written.
 """
 
@@ -18,11 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import figures
 import mirror
 import pytest
 import yaml
-from comparison import differences, moments
+from campaign import Campaign, Lane, Reference
+from comparison import differences
 from harness import Host, Run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,35 +32,37 @@ SCENARIO = Path(__file__).resolve().parents[1]
 FULL = "TEST_FULL" in os.environ
 MOMENTS = int(os.environ.get("FAULTS_MOMENTS") or (60 if FULL else 1))
 POWER_CUTS = int(os.environ.get("FAULTS_POWER_CUTS") or (20 if FULL else 1))
+REDEPLOY_MOMENTS = int(os.environ.get("FAULTS_REDEPLOY_MOMENTS") or 60)
+REDEPLOY_POWER_CUTS = int(os.environ.get("FAULTS_REDEPLOY_POWER_CUTS") or 20)
 SEED = int(os.environ.get("FAULTS_SEED") or secrets.randbelow(1 << 32))
 WITH_UI = (os.environ.get("FAULTS_UI") or str(int(FULL))) == "1"
 INVENTORIES = ["molecule/inventory/hosts.yml", "molecule/faults/inventory/hosts.yml"]
 MIRROR_PORT, MIRROR = 8798, "http://127.0.0.1:8798"
 HOST = Host("mol-faults", [*INVENTORIES, *(["molecule/faults/whole/hosts.yml"] if WITH_UI else [])])
 VARIABLES: dict[str, Any] = yaml.safe_load((SCENARIO / "inventory/group_vars/model_servers.yml").read_text())
-# What a run on a bare host takes about, where none was made.
-KEPT_SECONDS = 60.0
+# Stands for the undisturbed run where none was made: its cuts are no moments of a run.
+KEPT_RUN = Run(0, "", 60.0)
 Play = Callable[..., Any]
 full_only = pytest.mark.skipif(not FULL, reason="takes long: script/test --full")
 
 
 @pytest.fixture(scope="session")
-def undisturbed() -> dict[str, Any]:
-    """Bring the bare host up without a fault; return its state, and how long that took."""
+def undisturbed() -> Reference:
+    """Bring the bare host up without a fault; return its state, and the run."""
     print(f"FAULTS_SEED={SEED}")
     if os.environ.get("FAULTS_KEPT"):
-        return {**HOST.state(), "seconds": KEPT_SECONDS}
+        return Reference({HOST.name: HOST.state()}, KEPT_RUN)
     if HOST.ssh("test -e /opt/miniconda3", check=False).returncode == 0:
         HOST.reset()
     run = HOST.play()
     assert run.code == 0, run.output
     state = HOST.state()
     assert "Paris" in state["answer"], state["answer"]
-    return {**state, "seconds": run.seconds}
+    return Reference({HOST.name: state}, run)
 
 
 @pytest.fixture(autouse=True)
-def up(host: Any, undisturbed: dict[str, Any]) -> None:
+def up(host: Any, undisturbed: Reference) -> None:
     """Every test finds, or knows, the undisturbed host. Tests that all depend on `host` keep their order."""
 
 
@@ -81,7 +85,7 @@ def settled(run: Run) -> Run:
 
 
 @pytest.fixture(scope="session")
-def index(undisturbed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def index(undisturbed: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Have a package index and a channel on the host whose faults are chosen by the address."""
     program = (ROOT / "tests/faults/mirror.py").read_text(encoding="utf-8")
     HOST.ssh("cat >/usr/local/bin/mirror.py", program)
@@ -201,7 +205,8 @@ def test_a_full_disk_is_named_and_room_is_enough_to_go_on(
 def test_a_full_disk_under_configuration_leaves_what_runs(folder: str) -> None:
     """What is written is written beside, so a file is the old or the new one, never half of one."""
     HOST.ssh(
-        f"cp -a {folder} /root/kept && mount -t tmpfs -o size=1m,mode=$(stat -c %a {folder}) none {folder} && "
+        f"rm -rf /root/kept && cp -a {folder} /root/kept && "
+        f"mount -t tmpfs -o size=1m,mode=$(stat -c %a {folder}) none {folder} && "
         f"cp -a /root/kept/. {folder}/ && ! cat /dev/zero >{folder}/filler"
     )
     try:
@@ -304,42 +309,27 @@ def test_a_database_that_somebody_holds_is_waited_for() -> None:
 # Moments
 
 
-def disturbed(wanted: dict[str, Any], moment: float, *, power: bool) -> dict[str, Any]:
-    """Cut a run on the bare host at a moment, run again, and compare; return what there is to tell."""
-    HOST.reset()
-    cut = HOST.play(cut_after=moment, power=power)
-    if power:
-        HOST.boot()
-    again = HOST.play()
-    found = differences(wanted, HOST.state()) if again.code == 0 else [f"the run after it failed: {again.failure()}"]
-    kind = "power" if power else "controller"
-    print(f"{kind} cut after {moment:.1f} s, in: {cut.task()}; {'; '.join(found) or 'the same in the end'}", flush=True)
-    return {"kind": kind, "moment_seconds": round(moment, 1), "task": cut.task(), "differences": found}
-
-
-def test_after_a_cut_at_any_moment_a_plain_run_is_enough(undisturbed: dict[str, Any]) -> None:
-    seconds = undisturbed["seconds"]
-    told = []
-    for kind, count in (("controller", MOMENTS), ("power", POWER_CUTS)):
-        for moment in moments(count, seconds, SEED):
-            told.append(disturbed(undisturbed, moment, power=kind == "power"))
-            survived = sum(not entry["differences"] for entry in told)
-            figures.note(
-                "moments",
-                seed=SEED,
-                with_ui=WITH_UI,
-                tried=len(told),
-                survived=survived,
-                seconds=round(seconds),
-                cuts=told,
-            )
-    assert [entry for entry in told if entry["differences"]] == []
+def test_after_a_cut_at_any_moment_a_plain_run_is_enough(undisturbed: Reference, tmp_path: Path) -> None:
+    """Controller killed, or the host's power cut: one more run, and nothing tells it from the undisturbed host."""
+    series = "site-ui" if WITH_UI else "site"
+    campaign = Campaign(series, {"controller": MOMENTS, "power": POWER_CUTS}, SEED)
+    campaign.work(Lane(series, HOST.name, tmp_path, references=[undisturbed]))
+    assert campaign.lost() == []
 
 
 @full_only
-def test_two_controllers_at_once_end_as_one(undisturbed: dict[str, Any]) -> None:
+def test_a_redeploy_that_was_cut_is_ended_by_another(undisturbed: Reference) -> None:
+    """Two engines behind a gateway: both serve, each with the new release, and none is held back."""
+    HOST.hosts("down", HOST.name)
+    campaign = Campaign("redeploy", {"controller": REDEPLOY_MOMENTS, "power": REDEPLOY_POWER_CUTS}, SEED)
+    campaign.run(["cut-redeploy"])
+    assert campaign.lost() == []
+
+
+@full_only
+def test_two_controllers_at_once_end_as_one(undisturbed: Reference) -> None:
     HOST.reset()
     with ThreadPoolExecutor(2) as pool:
         runs = [run.result() for run in [pool.submit(HOST.play) for _ in range(2)]]
     assert [run.code for run in runs] == [0, 0], "\n\n".join(run.output for run in runs if run.code)
-    assert differences(undisturbed, HOST.state()) == []
+    assert differences(undisturbed.states[HOST.name], HOST.state()) == []

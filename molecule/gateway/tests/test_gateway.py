@@ -27,6 +27,8 @@ GATEWAY, FIRST, SECOND = "mol-gateway", "mol-gateway-1", "mol-gateway-2"
 INVENTORIES = ("-i", "molecule/inventory/hosts.yml", "-i", "molecule/gateway/inventory/hosts.yml")
 MODEL, OTHER_MODEL = "SmolLM2-135M-Instruct", "second-model"
 MOST_SECONDS = 120
+# What a key may ask in a minute, at the end of these tests.
+REQUESTS = 12
 # Every test works on the scenario's host, so they run in the order in which they stand; the last removes the gateway.
 pytestmark = pytest.mark.usefixtures("host")
 EXPOSURE = 2.0
@@ -365,7 +367,7 @@ def test_two_keys_are_good_while_one_replaces_the_other(client: Client) -> None:
     both = [{"name": "new", "key": new}, {"name": "old", "key": client.key}]
     assert converge(gateway_api_keys=both).returncode == 0
     assert (client.status("/v1/models", key=new), client.status("/v1/models")) == (200, 200)
-    assert converge(gateway_api_keys=both[:1]).returncode == 0
+    assert converge(gateway_api_keys=both[:1], gateway_requests_per_minute=REQUESTS).returncode == 0
     assert (client.status("/v1/models", key=new), client.status("/v1/models")) == (200, 401)
     client.key = new
 
@@ -383,6 +385,19 @@ def test_the_log_tells_who_asked_what_and_no_secret(host: Any, client: Client) -
     found = host.check_output("python3 -c %s %s", SEARCH, json.dumps([secret[::-1] for secret in secrets]))
     assert int(found.split()[0]) > 100
     assert found.split()[1:] == []
+
+
+def test_a_key_that_asks_too_often_is_told_when_to_come_back(client: Client) -> None:
+    """Of the limit that came with the last change of keys, the test before took one. Refused questions count too."""
+    body = {"model": "none", "messages": []}
+    answers = [client.send("/v1/chat/completions", body) for _ in range(REQUESTS + 1)]
+    told = [(answer.status, answer.getheader("Retry-After"), answer.read().decode()) for answer in answers]
+    assert {status for status, *_ in told[: REQUESTS - 2]} == {404}
+    status, wait, text = told[-1]
+    assert (status, wait) == (429, "10")
+    assert f"more than {REQUESTS} times in a minute" in text
+    # Who only looks what there is is not counted.
+    assert client.status("/v1/models") == 200
 
 
 def test_prometheus_finds_figures_on_this_host_only(host: Any) -> None:

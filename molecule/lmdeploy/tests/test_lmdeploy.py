@@ -121,6 +121,54 @@ def test_the_real_parser_judges_the_flags_of_several_hosts(host: Any, flags: str
     assert [error["variable"] for error in json.loads(checked.stdout)["errors"]] == refused
 
 
+ATTACK = """
+import importlib.util, json, sys
+import PIL.Image
+from lmdeploy.vl.media import connection
+from lmdeploy.vl.media.image import ImageMediaIO
+
+def tried(url):
+    try:
+        return f"opened {connection.load_from_url(url, ImageMediaIO()).size}"
+    except Exception as error:
+        return str(error)
+
+PIL.Image.new("RGB", (28, 28)).save("/srv/picture.png")
+urls = json.load(sys.stdin)
+before = [tried(url) for url in urls]
+spec = importlib.util.spec_from_file_location("launcher", sys.argv[1])
+launcher = sys.modules["launcher"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(launcher)
+launcher.refuse_files()
+print(json.dumps([before, [tried(url) for url in urls]]))
+"""
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+OWN_FILES = ["file:///srv/picture.png", "/srv/picture.png", "../picture.png"]
+PLACES = [
+    "http://127.0.0.1:22/",
+    "http://localhost:23333/health",
+    "http://10.213.0.1/",
+    "http://169.254.169.254/latest/",
+]
+
+
+def test_a_request_makes_the_engine_open_no_file_and_ask_nobody_in_the_network(host: Any) -> None:
+    """LMDeploy's own loader, as it is and as the unit runs it. The scenario trust probes the unit."""
+    given = json.dumps([*OWN_FILES, *PLACES, f"data:image/png;base64,{DOT}"])
+    launcher_file = str(Path(INSTANCE).with_name("launcher.py"))
+    host.check_output("mkdir -p /srv/attack")
+    said = host.check_output(
+        "cd /srv/attack && printf %%s %s | %s/bin/python -c %s %s", given, LINK, ATTACK, launcher_file
+    )
+    before, after = json.loads(said.splitlines()[-1])
+    # Facts about LMDeploy that this stands on: when they change, so must refuse_files.
+    assert before[: len(OWN_FILES)] == ["opened (28, 28)"] * len(OWN_FILES)
+    assert all("non-global IP" in text for text in before[len(OWN_FILES) : -1]), before
+    assert all(text.startswith("The engine opens no file of its host") for text in after[: len(OWN_FILES)]), after
+    assert all("non-global IP" in text for text in after[len(OWN_FILES) : -1]), after
+    assert after[-1] == before[-1] == "opened (1, 1)"
+
+
 def test_the_seeds_template_and_unknown_wishes_are_refused_together(host: Any, play: Callable[..., Any]) -> None:
     """One message names each variable and lists what this version knows; unit and file stay as they were."""
     before = host.check_output(f"sha256sum {INSTANCE} /etc/systemd/system/api-server.service")

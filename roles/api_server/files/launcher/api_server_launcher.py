@@ -616,6 +616,28 @@ def let_keys_change(keys: Keys) -> None:
     doorman.__init__ = begin_with_keys
 
 
+def refuse_files() -> None:
+    """Have LMDeploy open no file of this host that a request names, nor tell which there are.
+
+    It would open every path that its user can read, and read some that never end, such as /dev/zero, to the last byte.
+    """
+    try:
+        connection: Any = importlib.import_module("lmdeploy.vl.media.connection")
+        split = connection.urlparse
+    except (ImportError, AttributeError) as error:
+        say(f"this LMDeploy may open files of this host that a request names ({error})")
+        return
+
+    def split_address(url: str) -> Any:
+        parts = split(url)
+        if parts.scheme not in ("http", "https", "data"):
+            message = "The engine opens no file of its host. Send the content itself, as a data: URL."
+            raise ValueError(message)
+        return parts
+
+    connection.urlparse = split_address
+
+
 def run_lmdeploy(instance: Instance, keys: Keys, stopping: Callable[[], None]) -> None:
     """Serve with LMDeploy's own command line, in this process."""
     options, errors = check_lmdeploy(instance)
@@ -623,6 +645,7 @@ def run_lmdeploy(instance: Instance, keys: Keys, stopping: Callable[[], None]) -
         raise Refused(one_line(errors))
     refuse_surprises(instance, options)
     let_keys_change(keys)
+    refuse_files()
     fresh = Path(os.environ.get("RUNTIME_DIRECTORY", "/nonexistent")) / "api-key"
     signal.signal(signal.SIGHUP, lambda *_: keys.renew(fresh))
     uvicorn: Any = importlib.import_module("uvicorn")

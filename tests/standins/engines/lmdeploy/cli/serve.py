@@ -43,6 +43,12 @@ class SubCliServe:
         if os.environ.get("FAKE_DIES"):
             raise RuntimeError("CUDA out of memory")
         print(json.dumps({"given": vars(args) | {"run": ""}, "argv": sys.argv}), flush=True)
+        pictures = importlib.import_module("lmdeploy.vl.media.connection")
+        for url in os.environ.get("FAKE_PICTURES", "").split():
+            try:
+                print(f"picture: {pictures.load_from_url(url, None)!r}", flush=True)
+            except ValueError as error:
+                print(f"picture: {error}", flush=True)
         importlib.import_module("uvicorn").run(
             host=args.server_name, port=args.server_port, model=args.model_name, keys=args.api_keys
         )

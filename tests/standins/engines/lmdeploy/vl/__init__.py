@@ -1,0 +1,1 @@
+"""What LMDeploy does with pictures."""

@@ -1,0 +1,1 @@
+"""How LMDeploy gets pictures."""
