@@ -30,7 +30,6 @@ import shutil
 import string
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -99,17 +98,18 @@ def flush(folder: Path) -> None:
 
 
 def write(path: Path, content: str, mode: int = 0o644) -> None:
-    """Replace a file in one step, on the disk before this returns."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace a file in one step, on the disk before this returns. The lock is held, so what lies there is of a cut."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(mode)
-        Path(name).replace(path)
+        new.chmod(mode)
+        new.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
     flush(path.parent)
 
@@ -422,6 +422,9 @@ class Releases:
         release = identity(unit, settings, launcher)
         manifest = {"format": FORMAT, "id": release, "instance": self.instance, "created": now(), "result": {}, **about}
         if self.is_whole(release):
+            for place in (self.folder(release), self.home):
+                for left in place.glob(".*.new"):
+                    left.unlink(missing_ok=True)
             known = self.manifest(release)
             if known.get("gate") != about.get("gate"):
                 write_json(self.folder(release) / MANIFEST, {**known, "gate": about.get("gate")}, 0o644)

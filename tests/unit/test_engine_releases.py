@@ -357,3 +357,18 @@ def test_the_program_stands_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-S", str(tmp_path / "engine_releases.py"), "switch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "needs an instance and a release" in done.stderr
+
+
+def test_what_a_power_cut_left_of_a_file_goes_with_the_next_run(
+    host: Releases, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = build(host, engine, 1)
+    folder = host.folder(release)
+    with monkeypatch.context() as power:
+        # The last step is not reached, and nobody cleans up.
+        power.setattr(Path, "replace", lambda *_: None)
+        engine_releases.write_json(folder / "release.json", {"half": True})
+    assert [path.name for path in folder.glob(".*")]
+    assert build(host, engine, 1) == release
+    assert not list(folder.glob(".*"))
+    assert host.is_whole(release)
