@@ -3,6 +3,8 @@
 
     models.py text GGUF OUT     SmolLM2 from its GGUF file, as bf16 safetensors: its answers mean something
     models.py heads TEXT OUT    the same model with more heads, all of them silent: cut over 2, 4 and 8 GPUs
+    models.py large TEXT OUT    random Llama of 3 billion parameters with its tokenizer: keeps a GPU busy, says nothing
+    models.py odds MODEL JSON   of [[question, answer, other answer], ...]: how far apart the tokens are where they part
     models.py vision OUT        random InternVL of a few layers: tiles, image tokens and limits are those of InternVL3
 
 Runs with the Python of LMDeploy's environment; ``text`` also needs the package gguf on PYTHONPATH. Needs no GPU.
@@ -111,6 +113,63 @@ def make_heads(text: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(text).save_pretrained(out)
 
 
+def make_large(text: Path, out: Path) -> None:
+    """Write a random model on which the GPU is what takes the time, as on those that people serve.
+
+    With a small one the processor's share decides, and that differs by a quarter from one start to the next.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    known = json.loads((text / "config.json").read_text(encoding="utf-8"))
+    config = LlamaConfig(
+        vocab_size=known["vocab_size"],
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=known["max_position_embeddings"],
+        bos_token_id=known["bos_token_id"],
+        eos_token_id=known["eos_token_id"],
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    torch.manual_seed(3)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    save(model, out)
+    tokenizer.save_pretrained(out)
+
+
+def odds(model: Path, answers: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """Return where two answers part, and how much more transformers (float32) is for one token than for the other."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    reference, tokenizer = (
+        LlamaForCausalLM.from_pretrained(model, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(model),
+    )
+    found = []
+    for question, *both in answers:
+        said = [{"role": "user", "content": question}]
+        asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        first, second = (tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in both)
+        common = 0
+        while common < min(len(first), len(second)) and first[common] == second[common]:
+            common += 1
+        start = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        logits = reference(torch.tensor([start + first[:common]])).logits[0, -1]
+        # An answer that ends where the other goes on has chosen its end.
+        nexts = [answer[common] if common < len(answer) else tokenizer.eos_token_id for answer in (first, second)]
+        lead = abs(float(logits[nexts[0]] - logits[nexts[1]]))
+        found.append({"question": question, "at_token": common, "lead": round(lead, 4), "answers": both})
+    return found
+
+
 def make_vision(out: Path) -> None:
     """Write a random InternVL with InternVL3's tiles and token counts."""
     import torch
@@ -169,10 +228,13 @@ def make_vision(out: Path) -> None:
 def main() -> int:
     """Make one model; a folder that is complete stays."""
     parser = argparse.ArgumentParser(prog="models.py", description="Make a small model.")
-    parser.add_argument("kind", choices=("text", "heads", "vision"))
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    parser.add_argument("kind", choices=("text", "heads", "large", "vision", "odds"))
+    parser.add_argument("paths", nargs="+", metavar="PATH")
     chosen = parser.parse_args()
-    out: Path = chosen.paths[-1]
+    if chosen.kind == "odds":
+        sys.stdout.write(json.dumps(odds(Path(chosen.paths[0]), json.loads(chosen.paths[1]))) + "\n")
+        return 0
+    out = Path(chosen.paths[-1])
     done = out / ".complete"
     if done.exists():
         return 0
@@ -180,7 +242,7 @@ def main() -> int:
     if chosen.kind == "vision":
         make_vision(out)
     else:
-        {"text": make_text, "heads": make_heads}[chosen.kind](chosen.paths[0], out)
+        {"text": make_text, "heads": make_heads, "large": make_large}[chosen.kind](Path(chosen.paths[0]), out)
     for path in out.iterdir():
         # The engine's user reads them; safetensors writes for the owner alone.
         path.chmod(0o644)
