@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.addresses import split_address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,11 +37,7 @@ def faults(settings: Mapping[str, Any]) -> list[str]:
     for name in ADDRESSES:
         value = settings.get(name) or ""
         schemes = SCHEMES.get(name, ("http", "https"))
-        try:
-            address = urlsplit(value)
-        except ValueError:
-            # A bracket that begins no IPv6 address.
-            address = urlsplit("")
+        address = split_address(value)
         is_whole = address.scheme in schemes and bool(address.path if address.scheme == "file" else address.hostname)
         if value and not is_whole:
             found.append(f"mirrors_{name} is {value!r}: write it as {schemes[-1]}://...")

@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.addresses import split_address
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.environment_file import NAME, text_of
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.webui_backup import LIBPQ
 
@@ -289,9 +290,8 @@ def _address_faults(config: Mapping[str, Any]) -> list[str]:
         found.append(
             f"open_webui_host is {config['host']!r}: give an address or name, 127.0.0.1 or 0.0.0.0 for example"
         )
-    if config["url"] and (
-        urlsplit(config["url"]).scheme not in ("http", "https") or not urlsplit(config["url"]).hostname
-    ):
+    page = split_address(config["url"])
+    if config["url"] and (page.scheme not in ("http", "https") or not page.hostname):
         found.append(
             f"open_webui_url is {config['url']!r}: give the whole address, https://chat.example.org for example"
         )

@@ -8,9 +8,9 @@ import posixpath
 import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine, gateway, open_webui
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.addresses import split_address
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.environment_file import NAME
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import (
     ERROR,
@@ -269,11 +269,7 @@ def _urls(desired: Desired) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 def check_urls(desired: Desired) -> Iterator[Finding]:
     """url: an address has a scheme and a host. A slash at its end is fine: the roles take it off."""
     for variable, url, schemes in _urls(desired):
-        try:
-            parts = urlsplit(url)
-        except ValueError:
-            # A bracket that begins no IPv6 address.
-            parts = urlsplit("")
+        parts = split_address(url)
         if parts.scheme in schemes and (parts.netloc or parts.scheme == "file"):
             continue
         example = "https://HOST/v1" if "connections" in variable else "https://HOST"

@@ -680,8 +680,10 @@ class Check:
             ) as process:
                 try:
                     self.wait_for(engine)
-                    shown = output("systemctl", "show", "gpu-check", "--property=MainPID", "--value")
-                    self.measure(found, side, engine, int(shown) if service else process.pid)
+                    pid = process.pid
+                    if service:
+                        pid = int(output("systemctl", "show", "gpu-check", "--property=MainPID", "--value"))
+                    self.measure(found, side, engine, pid)
                 finally:
                     if service:
                         run("systemctl", "stop", "gpu-check")

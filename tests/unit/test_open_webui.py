@@ -194,6 +194,7 @@ def test_the_rest_of_the_variables_arrives() -> None:
         ({"port": 70000}, ["open_webui_port is 70000", "65535"]),
         ({"host": "a b"}, ["open_webui_host", "'a b'"]),
         ({"url": "chat.example.org"}, ["open_webui_url", "'chat.example.org'", "https://"]),
+        ({"url": "https://[chat"}, ["open_webui_url", "'https://[chat'", "https://"]),
         ({"connections": [{**ENGINE, "api_key": "a;b"}]}, ["open_webui_connections[0].api_key", "semicolon"]),
         ({"connections": [ENGINE, {"url": "http://10.0.0.5:23333"}]}, ["[1].url", "[0]", "prefix"]),
         ({"ollama_urls": ["ollama:11434"]}, ["open_webui_ollama_urls[0]", "no scheme"]),
