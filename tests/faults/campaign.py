@@ -241,11 +241,14 @@ def commit() -> str:
 class Campaign:
     """Moments of one series that are to be met."""
 
-    def __init__(self, series: str, counts: dict[str, int], seed: int, *, again: bool = False) -> None:
-        """Take what is left of the counts."""
+    def __init__(
+        self, series: str, counts: dict[str, int], seed: int, *, again: bool = False, anew: bool = False
+    ) -> None:
+        """Take what is left of the counts; again, what did not end well too; anew, all of them."""
         self.series, self.counts, self.seed, self.lock = series, counts, seed, threading.Lock()
         self.todo: queue.SimpleQueue[tuple[str, int, int]] = queue.SimpleQueue()
-        done = {(entry["kind"], entry["of"], entry["number"]) for entry in self.told() if survived(entry) or not again}
+        told = [] if anew else self.told()
+        done = {(entry["kind"], entry["of"], entry["number"]) for entry in told if survived(entry) or not again}
         wanted = [(kind, count, number) for kind, count in counts.items() for number in range(count)]
         # Mixed, so that also a part of them covers the whole run.
         random.Random(seed).shuffle(wanted)  # noqa: S311  # repeatable on purpose

@@ -105,6 +105,10 @@ def test_a_key_may_be_another_and_a_service_writes_its_folder() -> None:
     more = {**state()["files"], "/opt/miniconda3/pkgs/.python-3.11_x/bin": ["0o40755", "root", "root", ""]}
     assert differences(state(), state(files=more)) == []
     assert differences(state(), state(units={**state()["units"], "apt-daily.service": "static active"})) == []
+    lock = "/opt/miniconda3/pkgs/python-3.11_0.lock"
+    once, twice = ({**state()["files"], lock: ["0o100644", "root", "root", count]} for count in ("once", "twice"))
+    assert differences(state(files=once), state(files=twice)) == []
+    assert differences(state(files=once), state()) == [f"{lock} is missing"]
 
 
 def test_the_leash_kills_those_who_left_their_session(tmp_path: Path) -> None:
