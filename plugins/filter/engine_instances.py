@@ -33,7 +33,8 @@ options:
     type: dict
     required: true
   settings:
-    description: C(engine), C(models_dir), C(drain_seconds), C(allowed_networks) and C(numa_affinity), the same for all.
+    description: C(engine), C(models_dir), C(drain_seconds), C(allowed_networks), C(numa_affinity) and
+      C(twin_port_offset), the same for all.
     type: dict
     required: true
 """

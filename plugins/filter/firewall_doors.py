@@ -70,6 +70,8 @@ def firewall_doors(variables: Mapping[str, Any], groups: list[str]) -> list[dict
         for instance in variables.get("api_server_instances") or [{}]:
             networks = variables.get("api_server_allowed_networks")
             door(instance.get("host", host), instance.get("port", port), networks)
+            if offset := int(variables.get("api_server_twin_port_offset") or 0):
+                door(instance.get("host", host), int(instance.get("port", port)) + offset, networks)
     if "web_uis" in groups:
         door(variables.get("open_webui_host", "127.0.0.1"), variables.get("open_webui_port", 8080))
     return found

@@ -13,7 +13,7 @@ author:
 description:
   - Takes what M(selfhost.lmdeploy.engine_connections) returned for each host. An engine is called C(HOST-PORT).
   - The result holds the engines' keys, so the task that uses it wants C(no_log).
-positional: hosts
+positional: hosts, twin_port_offsets
 options:
   _input:
     description: Results of the module, one for each host.
@@ -25,6 +25,12 @@ options:
     type: list
     elements: str
     required: true
+  twin_port_offsets:
+    description: The hosts' C(api_server_twin_port_offset), in the same order. Where it is above 0 each engine has a
+      second entry, C(HOST-twin-PORT), that is asked only when nobody else with the model can be.
+    type: list
+    elements: int
+    default: []
 """
 
 EXAMPLES = r"""
@@ -36,7 +42,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: One entry for each engine, with C(name), C(address), C(port), C(model) and C(api_key).
+  description: One entry for each engine, with C(name), C(address), C(port), C(model), C(api_key), and C(reserve) for
+    a twin.
   type: list
   elements: dict
 """
@@ -49,11 +56,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def gateway_engines(results: list[dict[str, Any]], hosts: list[str]) -> list[dict[str, Any]]:
+def gateway_engines(
+    results: list[dict[str, Any]], hosts: list[str], twin_port_offsets: list[int] | None = None
+) -> list[dict[str, Any]]:
     """Return the engines (see DOCUMENTATION)."""
     found = []
-    for host, result in zip(hosts, results, strict=True):
-        found += gateway.engine_entries(host, result.get("engines") or [], result.get("connections") or [])
+    for host, result, offset in zip(hosts, results, twin_port_offsets or [0] * len(hosts), strict=True):
+        engines, connections = result.get("engines") or [], result.get("connections") or []
+        found += gateway.engine_entries(host, engines, connections, int(offset))
     return found
 
 

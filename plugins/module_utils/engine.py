@@ -324,6 +324,12 @@ def name_faults(names: list[str]) -> list[str]:
         for name in names
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name)
     ]
+    faults += [
+        f"api_server_instances has the name {name!r}: names that end with twin are for the second of an engine that is "
+        "being changed"
+        for name in names
+        if re.search(r"(^|-)twin$", name)
+    ]
     double = sorted({name for name in names if names.count(name) > 1})
     return faults + [f"api_server_instances has the name {name!r} more than once" for name in double]
 
@@ -342,6 +348,22 @@ def port_faults(instances: list[dict[str, Any]]) -> list[str]:
     return faults
 
 
+def twin_faults(instances: list[dict[str, Any]], offset: int) -> list[str]:
+    """Return why the engines can't have twins that many ports higher."""
+    variable = f"api_server_twin_port_offset is {offset}"
+    if offset < 0:
+        return [f"{variable}: it is 0 for no twins, or what is added to an engine's port for that of its twin"]
+    if offset and any(instance["nodes"] for instance in instances):
+        return [f"{variable}, beside api_server_nodes: a model over several hosts has no twin; leave it 0"]
+    ports = {int(instance["port"]) for instance in instances}
+    taken = sorted(port for port in ports if offset and (port + offset in ports or port + offset > 65535))
+    return [
+        f"{variable}: the twin of the engine on port {port} can't have port {port + offset}; take an offset that leads "
+        "to free ports up to 65535"
+        for port in taken
+    ]
+
+
 def engine_instances(
     plain: dict[str, Any], instances: list[dict[str, Any]], host: dict[str, Any], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -350,7 +372,8 @@ def engine_instances(
     plain: the role's plain variables without their prefix: the single instance, and the defaults of named ones.
     instances: ``api_server_instances``. host: what the module engine_info returned (``gpus``, ``gpu``, ``wsl``,
     ``models``, ``model_facts``, ``addresses``). settings: ``engine``, ``models_dir``, ``drain_seconds``,
-    ``allowed_networks``, ``numa_affinity``, and for one model over several hosts ``nodes`` and ``nodes_port``.
+    ``allowed_networks``, ``numa_affinity``, ``twin_port_offset``, and for one model over several hosts ``nodes`` and
+    ``nodes_port``.
     """
     faults = name_faults([str(item.get("name", "")) for item in instances])
     faults += network_faults(settings["allowed_networks"])
@@ -394,6 +417,7 @@ def engine_instances(
         faults += instance_faults(instance, settings["allowed_networks"])
         result.append(instance)
     faults += port_faults(result)
+    faults += twin_faults(result, int(settings.get("twin_port_offset") or 0))
     faults += place(result, host, settings)
     if faults:
         raise EngineFault("\n".join(faults))

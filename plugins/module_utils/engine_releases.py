@@ -512,9 +512,13 @@ class Releases:
         self.note(release, result)
         return result
 
-    def ask(self, release: str) -> dict[str, Any]:
-        """Ask the engine as a client would; raise GateFault unless the answer is as expected."""
-        settings, gate = read_json(self.folder(release) / "instance.json"), self.manifest(release).get("gate") or {}
+    def ask(self, release: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Ask the engine as a client would; raise GateFault unless the answer is as expected.
+
+        ``settings`` say where it listens, unless it is where the release says.
+        """
+        settings = settings or read_json(self.folder(release) / "instance.json")
+        gate = self.manifest(release).get("gate") or {}
         host = f"[{settings['host']}]" if ":" in settings["host"] else settings["host"]
         if settings.get("rank"):
             # The first host of a model over several answers for all; this one is active, so its engine has joined.

@@ -20,6 +20,8 @@ MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}")
 KEY = re.compile(r"[A-Za-z0-9._~+/=-]+")
 PATH = re.compile(r"/v1(/[a-z0-9_-]+)+")
 SHORTEST_KEY = 32
+# What the name of a twin has between host and port, so that no host stands for it.
+TWIN = "twin"
 LARGEST_REQUEST_MIB = 512
 
 
@@ -32,9 +34,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "engine"
 
 
-def engine_entries(host: str, engines: list[dict[str, str]], connections: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Return one host's engines, as the module ``engine_connections`` tells them, as entries of ``gateway_engines``."""
-    entries = []
+def engine_entries(
+    host: str, engines: list[dict[str, str]], connections: list[dict[str, str]], twin_port_offset: int = 0
+) -> list[dict[str, Any]]:
+    """Return one host's engines, as the module ``engine_connections`` tells them, as entries of ``gateway_engines``.
+
+    With an offset there is an entry for the twin of each, which only serves while its engine is changed.
+    """
+    entries: list[dict[str, Any]] = []
     for engine, connection in zip(engines, connections, strict=True):
         parts = urlsplit(connection["url"])
         entries.append(
@@ -46,6 +53,12 @@ def engine_entries(host: str, engines: list[dict[str, str]], connections: list[d
                 "api_key": connection["api_key"],
             }
         )
+    if twin_port_offset:
+        ports = [entry["port"] + twin_port_offset for entry in entries]
+        entries += [
+            {**entry, "name": f"{slug(host)}-{TWIN}-{port}", "port": port, "reserve": True}
+            for entry, port in zip(entries, ports, strict=True)
+        ]
     return entries
 
 

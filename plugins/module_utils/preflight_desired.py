@@ -207,6 +207,10 @@ class Desired:
         """Yield (variable, port, address, unit) of everything that will listen."""
         for instance in self.instances:
             yield instance.variable("port"), instance.whole("port"), instance.text("host"), instance.unit
+            offset, port = whole(self.values.get("api_server_twin_port_offset")), instance.whole("port")
+            if offset and port:
+                twin = instance.unit.replace(".service", "-twin.service")
+                yield "api_server_twin_port_offset", port + offset, instance.text("host"), twin
         if self.instances and self.items("api_server_nodes"):
             unit, everywhere = self.instances[0].unit, "0.0.0.0"  # noqa: S104 as these programs listen
             if "ray" in self.roles:

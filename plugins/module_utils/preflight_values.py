@@ -480,6 +480,7 @@ def _own_rules(desired: Desired) -> Iterator[str]:
                 "allowed_networks": desired.items("api_server_allowed_networks"),
                 "nodes": desired.items("api_server_nodes"),
                 "nodes_port": desired.values.get("api_server_nodes_port"),
+                "twin_port_offset": desired.values.get("api_server_twin_port_offset"),
             }
             plain = named("api_server_")
             engine.engine_instances(plain, desired.items("api_server_instances"), {}, settings)

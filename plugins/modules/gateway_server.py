@@ -127,7 +127,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.selfhost.lmdeploy.plugins.module_utils.gateway import slug
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.gateway import TWIN, slug
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.haproxy import (
     BACKEND,
     SOCKET,
@@ -242,7 +242,14 @@ def alone(mine: list[dict[str, Any]], everyone: list[dict[str, Any]]) -> set[str
     """Return the engines whose model no other host has; raises for one whose others can't take its requests now."""
     names, found = {server["name"] for server in mine}, set()
     for server in mine:
-        others = [each for each in everyone if each["backend"] == server["backend"] and each["name"] not in names]
+        others = [
+            each
+            for each in everyone
+            if each["backend"] == server["backend"]
+            and each["name"] not in names
+            # A twin is another engine only while it serves.
+            and (each["is_up"] or f"-{TWIN}-" not in each["name"])
+        ]
         serves = server["is_up"] and not server["is_drained"]
         if not others:
             found.add(server["name"])

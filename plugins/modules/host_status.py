@@ -119,6 +119,7 @@ from typing import TYPE_CHECKING, Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import url
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine_releases import Releases, gate_text
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.gateway import TWIN
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.haproxy import SOCKET, SocketFault, ask, servers
 
 if TYPE_CHECKING:
@@ -231,7 +232,9 @@ def gateway(shown: dict[str, str], config: str, say: Callable[[str], str]) -> di
     port = re.search(r"^ *bind 127\.0\.0\.1:(\d+)$", config, re.MULTILINE)
     try:
         version = re.search(r"^Version: (\S+)", say("show info"), re.MULTILINE)
-        engines = servers(say("show stat"), say("show servers state"))
+        known = servers(say("show stat"), say("show servers state"))
+        # A twin is away but for the time of a change.
+        engines = [engine for engine in known if engine["is_up"] or f"-{TWIN}-" not in engine["name"]]
         backends = {engine["backend"] for engine in engines}
         used = {engine["backend"] for engine in engines if engine["is_up"] and not engine["is_drained"]}
         said, healthy = ", ".join(f"{engine['name']} {standing(engine)}" for engine in engines), backends == used

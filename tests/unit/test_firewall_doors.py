@@ -29,3 +29,8 @@ def test_engines_are_open_for_their_networks_alone() -> None:
 
 def test_an_interface_that_listens_for_others_is_open() -> None:
     assert firewall_doors({"open_webui_host": "0.0.0.0"}, ["web_uis"]) == [{"port": 8080, "networks": []}]
+
+
+def test_a_twin_has_a_door_too() -> None:
+    variables = {"api_server_host": "10.0.0.5", "api_server_twin_port_offset": 1000}
+    assert [door["port"] for door in firewall_doors(variables, ["model_servers"])] == [23333, 24333]

@@ -98,3 +98,17 @@ def test_engines_of_all_hosts_get_names_from_host_and_port() -> None:
     }
     entry = {"name": "gpu-1-1", "address": "2001:db8::1", "port": 1, "model": "m", "api_key": "k"}
     assert gateway_engines([found, {"skipped": True}], ["gpu-1", "gpu-2"]) == [entry]
+
+
+def test_a_host_with_room_has_a_second_entry_that_is_asked_last() -> None:
+    found = {
+        "engines": [{"engine": "lmdeploy", "model": "m", "url": "http://10.0.0.1:23333/v1"}],
+        "connections": [{"url": "http://10.0.0.1:23333/v1", "api_key": "k"}],
+    }
+    engines = gateway_engines([found, found], ["gpu-1", "gpu-2"], [1000, 0])
+    assert [(entry["name"], entry["port"], entry.get("reserve")) for entry in engines] == [
+        ("gpu-1-23333", 23333, None),
+        ("gpu-1-twin-24333", 24333, True),
+        ("gpu-2-23333", 23333, None),
+    ]
+    assert gateway.faults(variables(engines=engines)) == []

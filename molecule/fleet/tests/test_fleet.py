@@ -455,3 +455,31 @@ def test_a_gateway_that_is_restarted_within_does_not_stop_it(plan: load_client.P
     with load(plan):
         redeploy("--skip-tags", "preflight", **PRESENT)
     assert serving() == before
+
+
+@full
+def test_a_model_that_one_host_has_is_changed_without_a_gap(plan: load_client.Plan) -> None:
+    before, twins = serving(), {"api_server_twin_port_offset": 1000}
+    assert playbook("site", "--limit", GATEWAY, "--skip-tags", "preflight", **twins).returncode == 0
+    try:
+        # A person's drain stays: the canary is the only host that serves.
+        for name in HOSTS[1:]:
+            behind_gateway(f"{name}-23333", "drained")
+        with load(plan):
+            output = redeploy("--limit", CANARY, **PRESENT, **twins, api_server_max_batch_size=2)
+            waited("the end of the twin", lambda: not behind_gateway()[f"{CANARY}-twin"]["is_up"])
+        assert status(CANARY)["running"] != before[CANARY]
+        assert "Have twins of the engines serve meanwhile" in output
+        assert other(CANARY).run("systemctl is-active api-server-twin.service").stdout.strip() == "inactive"
+        assert not other(CANARY).file("/run/systemd/system/api-server-twin.service").exists
+        with load(plan):
+            # What does not serve is taken back by itself, and nobody notices that either.
+            message = fault("--limit", CANARY, **PRESENT, **twins, api_server_gate_expected="London")
+        assert f"{CANARY} was not changed" in message
+        assert not other(CANARY).file("/run/systemd/system/api-server-twin.service").exists
+    finally:
+        for name in HOSTS[1:]:
+            behind_gateway(f"{name}-23333", "ready")
+    assert playbook("site", "--limit", GATEWAY, "--skip-tags", "preflight").returncode == 0
+    redeploy("--skip-tags", "preflight", **PRESENT)
+    assert serving() == before
