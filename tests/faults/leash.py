@@ -52,13 +52,14 @@ def kill_all() -> None:
             except ProcessLookupError:
                 continue
         reap()
+    reap()
 
 
 def reap() -> None:
-    """Wait for all children: each orphan becomes one, and a dead child that nobody asks for stays in the table."""
+    """Take leave of dead children, each orphan among them. Nobody is waited for: some may not have been killed yet."""
     try:
-        while True:
-            os.waitpid(-1, 0)
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            continue
     except ChildProcessError:
         return
 

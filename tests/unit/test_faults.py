@@ -111,6 +111,22 @@ def test_a_key_may_be_another_and_a_service_writes_its_folder() -> None:
     assert differences(state(files=once), state()) == [f"{lock} is missing"]
 
 
+def test_the_leash_also_ends_who_was_started_while_it_killed(tmp_path: Path) -> None:
+    """A master of SSH that leaves its session at that moment was waited for without an end."""
+    begun = tmp_path / "begun"
+    script = f"while :; do setsid setsid sleep 600 & echo >{begun}; done"
+    with subprocess.Popen([sys.executable, str(LEASH), "sh", "-c", script], stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while not begun.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.terminate()
+            assert process.wait(30) == KILLED
+        finally:
+            process.kill()
+
+
 def test_the_leash_kills_those_who_left_their_session(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = (
