@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import figures
 import pytest
 import testinfra
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import load_client
@@ -147,20 +149,20 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> load_client.Plan:
 
 
 @contextmanager
-def load(plan: load_client.Plan) -> Iterator[None]:
-    """Have clients while something happens; every answer must be whole and right."""
-    stopped, results = threading.Event(), []
+def load(plan: load_client.Plan) -> Iterator[dict[str, Any]]:
+    """Have clients while something happens; every answer must be whole and right. It yields figures of them."""
+    stopped, results, found = threading.Event(), [], {}
     thread = threading.Thread(target=lambda: load_client.run(plan, results.append, stopped))
     thread.start()
     try:
         waited("the first answers", lambda: len(results) >= 3)
-        yield
+        yield found
         before = len(results)
         waited("answers afterwards", lambda: len(results) >= before + 3)
     finally:
         stopped.set()
         thread.join()
-        found = load_client.summary(results)
+        found.update(load_client.summary(results))
         counts = ", ".join(f"{found[outcome]} {outcome}" for outcome in load_client.OUTCOMES)
         spread = ", ".join(f"{name} {value:.2f} s" for name, value in found["seconds"].items() if value is not None)
         print(f"{found['requests']} requests: {counts}; {spread}; {found['faults']}")
@@ -190,6 +192,22 @@ def test_operators_see_the_gateway_and_ask_through_it() -> None:
     done = playbook("smoke")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{MODEL} through the gateway" in done.stdout
+
+
+@full
+def test_no_client_notices_a_new_key(plan: load_client.Plan) -> None:
+    """Five requests a second. Each engine restarts twice, away from the gateway, which gets the new key between."""
+    before = {name: other(name).file("/etc/api-server/api-key").content_string for name in HOSTS}
+    short = [load_client.Question("Say yes.", max_tokens=1)]
+    with load(replace(plan, questions=short, rate=5.0, streamed=0.0, spread=False)) as found:
+        done = playbook("rotate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    serving()
+    after = {name: other(name).file("/etc/api-server/api-key").content_string for name in HOSTS}
+    assert [name for name in HOSTS if after[name] == before[name] or len(after[name].split()) != 1] == []
+    figures.note("rotation", requests=found["requests"], refused=found["requests"] - found["good"])
+    again = playbook("redeploy", "--check")
+    assert "nothing to do" in again.stdout, again.stdout
 
 
 @full

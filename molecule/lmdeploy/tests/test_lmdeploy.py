@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import figures
 import pytest
 import yaml
 
@@ -167,6 +168,85 @@ def test_a_request_makes_the_engine_open_no_file_and_ask_nobody_in_the_network(h
     assert all(text.startswith("The engine opens no file of its host") for text in after[: len(OWN_FILES)]), after
     assert all("non-global IP" in text for text in after[len(OWN_FILES) : -1]), after
     assert after[-1] == before[-1] == "opened (1, 1)"
+
+
+DOORMAN = """
+import http.client, importlib.util, json, os, pathlib, signal, sys, tempfile, threading, time
+import fastapi, uvicorn
+from lmdeploy.serve.utils.server_utils import AuthenticationMiddleware
+
+PORT, OLD, NEW = 23555, "o" * 48, "n" * 48
+folder = pathlib.Path(tempfile.mkdtemp())
+source = folder / "source"
+os.environ.update(RUNTIME_DIRECTORY=str(folder), MAINPID=str(os.getpid()))
+spec = importlib.util.spec_from_file_location("launcher", sys.argv[1])
+launcher = sys.modules["launcher"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(launcher)
+source.write_text(OLD)
+keys = launcher.Keys(source)
+launcher.let_keys_change(keys)
+signal.signal(signal.SIGHUP, lambda *_: keys.renew(folder / "api-key"))
+app = fastapi.FastAPI()
+app.get("/v1/models")(lambda: {})
+app.add_middleware(AuthenticationMiddleware, tokens=keys.valid)
+answers = []
+
+def ask(key):
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=5)
+    try:
+        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+def until(key, status):
+    while ask(key) != status:
+        time.sleep(0.01)
+
+def client():
+    # Every 50 ms with the key that a client has at that moment.
+    until(OLD, 200)
+    held = [OLD]
+    def asking():
+        while key := "".join(held):
+            answers.append(ask(key))
+            time.sleep(0.05)
+    thread = threading.Thread(target=asking)
+    thread.start()
+    for number in range(3):
+        time.sleep(0.5)
+        source.write_text(f"{NEW}{number}" + chr(10) + held[0])
+        launcher.hand_over(source)
+        until(f"{NEW}{number}", 200)
+        time.sleep(0.5)
+        before, held[0] = held[0], f"{NEW}{number}"
+        time.sleep(0.5)
+        source.write_text(held[0])
+        launcher.hand_over(source)
+        until(before, 401)
+    time.sleep(0.5)
+    held.clear()
+    thread.join()
+    server.should_exit = True
+
+server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=PORT, log_level="error"))
+threading.Thread(target=client).start()
+server.run()
+print(json.dumps([len(answers), len([status for status in answers if status != 200])]))
+"""
+
+
+def test_nobody_is_refused_while_keys_change(host: Any) -> None:
+    """LMDeploy's own check of keys and the launcher's reload: three changes, and a client that asks every 50 ms."""
+    launcher_file = str(Path(INSTANCE).with_name("launcher.py"))
+    said = host.check_output("%s/bin/python -c %s %s", LINK, DOORMAN, launcher_file)
+    asked, refused = json.loads(said.splitlines()[-1])
+    print(f"three changes of the key: {refused} of {asked} requests refused")
+    figures.note("rotation_lmdeploy", changes=3, requests=asked, refused=refused)
+    assert asked > 60
+    assert refused == 0
 
 
 def test_the_seeds_template_and_unknown_wishes_are_refused_together(host: Any, play: Callable[..., Any]) -> None:
