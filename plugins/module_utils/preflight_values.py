@@ -33,13 +33,26 @@ KEY_LENGTH = 32
 # What systemd, C libraries and llama.cpp hold in 32 bits.
 NUMBER_END = 2**31
 
+# Longest name of a file or folder.
+NAME_END = 255
+# What OnCalendar= takes, in short: weekdays, date, time, zone (systemd.time(7)). The role has systemd judge the rest.
+DAY = r"(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*"
+PART = r"[\d*/,.]+"
+SCHEDULE = re.compile(
+    r"(?:minutely|hourly|daily|weekly|monthly|quarterly|semiannually|yearly|annually|"
+    rf"(?=\S)(?:{DAY}(?:(?:,|\.\.|-){DAY})*\b)?(?:(?:^| ){PART}(?:[-~]{PART}){{1,2}})?"
+    rf"(?:(?:^| ){PART}(?::{PART}){{1,2}})?)"
+    r"(?: (?:UTC|[A-Za-z_]+/[A-Za-z_+/-]+))?",
+    re.IGNORECASE,
+)
+
 # Names of settings that end in a unit, an environment file or a command line.
 TEXT_NAME = re.compile(
     r"(^|_)(url|urls|dir|path|prefix|name|host|model|user|group|version|email|file|lock|template|parser|endpoint|"
-    r"revision|id|proxy|gpus|python|channels|parsers)$"
+    r"revision|id|proxy|gpus|python|channels|parsers|schedule|recipient|copy_to)$"
 )
 # The prefix of a connection is a word; one in a variable of a role is a folder.
-PATH_NAME = re.compile(r"(^|_)(dir|path)$|_prefix$")
+PATH_NAME = re.compile(r"(^|_)(dir|path|copy_to)$|_prefix$")
 CONNECTIONS = "open_webui_connections"
 # A person's name may hold quotes; it is data in one file that quotes it.
 FREE_TEXT = frozenset({"open_webui_admin_name"})
@@ -370,6 +383,9 @@ def check_texts(desired: Desired) -> Iterator[Finding]:
             elif PATH_NAME.search(last) and not leaf.startswith("/"):
                 why = "It is no absolute path, so it would depend on who runs what where."
                 yield desired.fault("path", full, leaf, why, f"Start {full} with a slash.")
+            elif PATH_NAME.search(last) and max(map(len, leaf.split("/"))) > NAME_END:
+                why = f"A name in it is longer than {NAME_END} characters, which no file system takes."
+                yield desired.fault("path", full, f"{leaf[:40]}...", why, f"Give {full} a shorter path.")
 
 
 def check_separate_environments(desired: Desired) -> Iterator[Finding]:
@@ -465,6 +481,20 @@ def check_model_format(desired: Desired) -> Iterator[Finding]:
         yield desired.fault("model_format", instance.variable("model"), model, why, fix)
 
 
+def _backup_faults(desired: Desired) -> Iterator[str]:
+    """Yield what the role backup would refuse."""
+    folder, keep = desired.text("backup_dir"), desired.values["backup_keep"]
+    if not re.fullmatch(r"/[^/\s]+/\S+", posixpath.normpath(folder)):
+        yield f"backup_dir is {folder}: give the absolute path of a folder of its own, without a blank"
+    schedule = desired.text("backup_schedule")
+    if not SCHEDULE.fullmatch(schedule):
+        yield f"backup_schedule is {schedule}: write it as OnCalendar of systemd takes it, such as daily"
+    if int(keep) < 1:
+        yield f"backup_keep is {keep}: keep one archive or more"
+    if not re.fullmatch(r"(age1[a-z0-9]+)?", desired.text("backup_recipient")):
+        yield "backup_recipient is no public key of age: it starts with age1; leave it empty for no encryption"
+
+
 def _own_rules(desired: Desired) -> Iterator[str]:
     """Yield what the roles themselves would refuse later, each a sentence that begins with the variable."""
 
@@ -488,6 +518,11 @@ def _own_rules(desired: Desired) -> Iterator[str]:
         yield from str(faults).splitlines()
     except (KeyError, TypeError, ValueError, AttributeError):
         pass  # a value of the wrong type, which is reported as such
+    try:
+        if "backup" in desired.roles:
+            yield from _backup_faults(desired)
+    except (KeyError, TypeError, ValueError):
+        pass
     try:
         if "gateway" in desired.roles:
             yield from gateway.faults(named("gateway_"))

@@ -19,7 +19,8 @@ GGUF = "/var/lib/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 KEY = "0123456789abcdef0123456789abcdef"
 # Roles whose variables an inventory sets; preflight's own say how to judge.
 ROLES = (
-    "api_server", "conda_env", "llama_cpp", "lmdeploy", "miniconda", "mirrors", "model_weights", "open_webui",
+    "api_server", "backup", "conda_env", "gateway", "llama_cpp", "lmdeploy", "miniconda", "mirrors", "model_weights",
+    "open_webui",
 )  # fmt: skip
 # Set by roles for other roles: an inventory that gives them means nothing by it.
 INTERNAL = ("conda_env_name", "conda_env_lock", "conda_env_prefix", "conda_env_switched", "conda_env_release")
@@ -134,6 +135,14 @@ BASES: dict[str, dict[str, Any]] = {
         "open_webui_settings": {"TASK_MODEL": "b"},
         "api_server_environment": {"OMP_NUM_THREADS": "2"},
         "mirrors_pip_index_url": "https://mirror.example.org/simple",
+        "gateway_name": "models.example.org",
+        "gateway_engines": [
+            {"name": "one-23401", "address": "10.0.0.7", "port": 23401, "model": "a", "api_key": KEY},
+            {"name": "two-23402", "address": "fd00::7", "port": 23402, "model": "org/b", "api_key": KEY, "requests": 8},
+        ],
+        "gateway_web_uis": [{"name": "ui", "address": "10.0.0.8", "port": 8080}],
+        "gateway_api_keys": [{"name": "ann", "key": KEY}],
+        "backup_copy_to": "/mnt/backups",
     },
 }  # fmt: skip
 
@@ -176,6 +185,9 @@ def in_dict(name: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
 
 
 ENTRIES: dict[str, dict[str, Any]] = {
+    "gateway_engines": {"name": "one", "address": "10.0.0.7", "port": 23401, "model": "a"},
+    "gateway_web_uis": {"name": "ui", "address": "10.0.0.8", "port": 8080},
+    "gateway_api_keys": {"name": "ann", "key": KEY},
     "api_server_instances": {"name": "one"},
     "open_webui_connections": {"url": "http://127.0.0.1:9/v1"},
     "model_weights_models": {"id": "OpenGVLab/InternVL3-14B-Instruct"},
@@ -299,6 +311,24 @@ def contradictions() -> Iterator[Fault]:
         ("api_server_trust_remote_code", "a word", {
             # One engine: two would not fit on the card, and that alone would be refused.
             **GPU, "api_server_trust_remote_code": "false", "api_server_instances": []}),
+        ("gateway_engines", "one name for two", {
+            "gateway_engines": [{**ENTRIES["gateway_engines"]}, {**ENTRIES["gateway_engines"], "port": 23402}]}),
+        ("gateway_engines", "a second server", {
+            "gateway_engines": [{**ENTRIES["gateway_engines"], "address": "a\n    server evil 10.9.9.9:1"}]}),
+        ("gateway_engines", "a second header", {
+            "gateway_engines": [{**ENTRIES["gateway_engines"], "api_key": f'{KEY}"\n    http-request allow'}]}),
+        ("gateway_api_keys", "short", {"gateway_api_keys": [{"name": "ann", "key": "short"}]}),
+        ("gateway_api_keys", "one key for two", {
+            "gateway_api_keys": [{"name": "ann", "key": KEY}, {"name": "bob", "key": KEY}]}),
+        ("gateway_host", "a second door", {"gateway_host": "0.0.0.0\n    bind *:1"}),
+        ("gateway_api_paths", "everything", {"gateway_api_paths": ["/"]}),
+        ("gateway_port", "the interface's", {"gateway_port": 8443, "open_webui_port": 8443}),
+        ("gateway_tls_key", "without a certificate", {"gateway_tls_key": "x"}),
+        ("backup_schedule", "a second setting", {"backup_schedule": "daily\nUnit=evil.service"}),
+        ("backup_copy_to", "a second setting", {"backup_copy_to": "/mnt/x\nUser=root"}),
+        ("backup_dir", "a second setting", {"backup_dir": "/var/x\nUser=root"}),
+        ("backup_dir", "the root", {"backup_dir": "/"}),
+        ("backup_recipient", "a secret key", {"backup_recipient": "AGE-SECRET-KEY-1QQQ"}),
         ("open_webui_signup_enabled", "a word", {"open_webui_signup_enabled": "false"}),
     ):  # fmt: skip
 

@@ -33,7 +33,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_checks
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import Desired  # noqa: E402  # see above
 from generate import BASES, ROLES, Case  # noqa: E402  # see above
 
-PLAYED = ["mirrors", "miniconda", "conda_env", "model_weights", "api_server", "open_webui"]
+PLAYED = ["mirrors", "miniconda", "conda_env", "model_weights", "api_server", "gateway", "open_webui", "backup"]
 RELEASE = "/opt/miniconda3/releases/engine/0123456789ab"
 FOLDER = "/etc/api-server/releases/engine/@RELEASE@"
 LAUNCHER = f"{FOLDER}/launcher.py"
@@ -47,11 +47,12 @@ class Harm(AssertionError):
 
 @dataclass
 class Files:
-    """What the roles would write: units by name, environment files and the launcher's JSON."""
+    """What the roles would write: units and configurations by name, environment files and the launcher's JSON."""
 
     units: dict[str, str] = field(default_factory=dict)
     environments: dict[str, dict[str, str]] = field(default_factory=dict)
     instances: dict[str, str] = field(default_factory=dict)
+    gateways: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,6 +143,8 @@ class Renderer:
         made = Files()
         self.engines(made)
         self.interface(made)
+        self.gateway(made)
+        self.backup(made)
         return made
 
     def engines(self, made: Files) -> None:
@@ -174,6 +177,17 @@ class Renderer:
         made.environments["open-webui"] = {**both["variables"], **both["secrets"], **SECRETS}
         made.units["open-webui.service"] = self.template("open_webui", "open-webui.service.j2")
 
+    def gateway(self, made: Files) -> None:
+        """Add HAProxy's configuration."""
+        plan = self.value("{{ __gateway_variables | selfhost.lmdeploy.gateway_plan }}", "gateway")
+        made.gateways["haproxy.cfg"] = self.template("gateway", "haproxy.cfg.j2", __gateway_plan=plan)
+
+    def backup(self, made: Files) -> None:
+        """Add the backup's units, and the settings of its program."""
+        for kind in ("service", "timer"):
+            made.units[f"open-webui-backup.{kind}"] = self.template("backup", f"open-webui-backup.{kind}.j2")
+        made.gateways["settings.json"] = str(self.value("{{ __backup_settings | to_nice_json }}", "backup"))
+
 
 def verdict(case: Case) -> Verdict:
     """Return how an inventory fares; an accepted one that does harm raises Harm."""
@@ -196,6 +210,8 @@ def verdict(case: Case) -> Verdict:
         check_environment(values)
     for text in files.instances.values():
         check_instance(text)
+    check_haproxy(files.gateways["haproxy.cfg"])
+    json.loads(files.gateways["settings.json"])
     return Verdict(False, message, files)
 
 
@@ -215,7 +231,9 @@ def template_lines(role: str, name: str) -> list[re.Pattern[str]]:
     text = (ROOT / "roles" / role / "templates" / name).read_text(encoding="utf-8")
     patterns = []
     for line in text.splitlines():
-        bare = re.sub(r"\{%.*?%\}", "\x01" if "=" in line else "", line)
+        # A loop within a line is one value.
+        looped = re.sub(r"\{% for .*?\{% endfor %\}", "\x01", line)
+        bare = re.sub(r"\{%.*?%\}", "\x01" if "=" in line else "", looped)
         if bare.strip():
             parts = re.split(r"\{\{.*?\}\}|\x01", bare)
             patterns.append(re.compile("(.*)".join(re.escape(part) for part in parts)))
@@ -225,7 +243,9 @@ def template_lines(role: str, name: str) -> list[re.Pattern[str]]:
 def directives(name: str, text: str) -> list[tuple[str, str]]:
     """Return (key, value) of a unit's lines, each of which must be one that the template writes, in its order."""
     role, template = (
-        ("open_webui", "open-webui.service.j2")
+        ("backup", f"{name}.j2")
+        if name.startswith("open-webui-backup")
+        else ("open_webui", "open-webui.service.j2")
         if name.startswith("open-webui")
         else ("api_server", "api-server.service.j2")
     )
@@ -256,7 +276,10 @@ def check_unit(name: str, text: str) -> None:
     """Refuse a unit that says more, or something else, than its template."""
     for key, value in directives(name, text):
         read = words(value)
-        if key == "ExecStart" and name.startswith("open-webui"):
+        if name.startswith("open-webui-backup"):
+            if key == "ReadWritePaths" and not all(word.removeprefix("-").startswith("/") for word in read):
+                raise Harm(f"{name} writes where no path is: {value!r}")
+        elif key == "ExecStart" and name.startswith("open-webui"):
             is_whole = len(read) == 6 and read[1::2] == ["serve", *read[3:4], read[5]] and read[2] == "--host"
             if not is_whole or read[4] != "--port" or read[3].startswith("-") or not read[5].isdigit():
                 raise Harm(f"{name} starts something else: {value!r}")
@@ -268,6 +291,29 @@ def check_unit(name: str, text: str) -> None:
                     ipaddress.ip_network(word, strict=False)
         elif key in ("ReadWritePaths", "StateDirectory") and any(".." in word.split("/") for word in read):
             raise Harm(f"{name}: {key} leaves its place: {value!r}")
+
+
+def check_haproxy(text: str) -> None:
+    """Refuse a configuration of HAProxy's with a line, or a word in a line, that the template does not write.
+
+    A value stands in quotes or as a word, so it holds nothing that ends either. Order is free: the template has loops.
+    """
+    patterns = template_lines("gateway", "haproxy.cfg.j2")
+    for line in text.split("\n"):
+        if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", line):
+            raise Harm(f"haproxy.cfg has a line with a control character: {line!r}")
+        if not line.strip():
+            continue
+        matches = [match for pattern in patterns if (match := pattern.fullmatch(line))]
+        if not any(all(map(harmless, match.groups())) for match in matches):
+            raise Harm(f"haproxy.cfg has a line that the template does not write: {line!r}")
+
+
+def harmless(value: str) -> bool:
+    """Tell whether a value is numbers and words for HAProxy, or the gateway's answer in JSON."""
+    if value.startswith('{"object":"list"'):
+        return "'" not in value and "%" not in value and bool(json.loads(value))
+    return re.fullmatch(r"[\w.:/@+~=*\[\] -]*", value, re.ASCII) is not None
 
 
 def verify(units: dict[str, str], folder: Path) -> list[str]:
