@@ -108,8 +108,11 @@ def write(path: Path, content: str, mode: int = 0o644) -> None:
             os.fsync(file.fileno())
         new.chmod(mode)
         new.replace(path)
-    except BaseException:
+    except BaseException as fault:
         new.unlink(missing_ok=True)
+        # A full disk is told without the file's name, and people must know which disk.
+        if isinstance(fault, OSError) and fault.errno and fault.filename is None:
+            fault.filename = str(path)
         raise
     flush(path.parent)
 

@@ -61,8 +61,11 @@ def write(path: Path, content: str, entry: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         own(Path(name), entry)
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as fault:
         Path(name).unlink(missing_ok=True)
+        # A full disk is told without the file's name, and people must know which disk.
+        if isinstance(fault, OSError) and fault.errno and fault.filename is None:
+            fault.filename = str(path)
         raise
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import engine_releases, owned_files
 from ansible_collections.selfhost.lmdeploy.plugins.modules import config_files
 
 FILE: dict[str, Any] = {
@@ -114,3 +118,25 @@ def test_what_is_there_already_is_not_judged_again(tmp_path: Path) -> None:
     converge(file)
     converge(file)
     assert log.read_text() == "judged\n"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: owned_files.write(path, "new", {"mode": "0600", "group": ""}),
+        lambda p: engine_releases.write(p, "new"),
+    ],
+)
+def test_a_full_disk_is_told_with_the_file_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def full(_handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write(path)
+    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"a": "old"}

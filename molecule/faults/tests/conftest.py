@@ -18,7 +18,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Keep the figures."""
+    """Keep the figures; of a fault that was not tried in this run, those of the run before."""
     if FATES:
-        survived = [name for name, fate in FATES.items() if fate == "survived"]
-        figures.note("faults", tried=len(FATES), survived=len(survived), fates=FATES)
+        fates = {**figures.noted().get("faults", {}).get("fates", {}), **FATES}
+        survived = [name for name, fate in fates.items() if fate == "survived"]
+        figures.note("faults", tried=len(fates), survived=len(survived), fates=fates)

@@ -201,9 +201,19 @@ def test_a_full_disk_is_named_and_room_is_enough_to_go_on(
         HOST.ssh(f"umount --lazy {folder}; rm -rf {folder} /opt/miniconda3/envs/faultless")
 
 
+needs_ui = pytest.mark.skipif(not WITH_UI, reason="needs Open WebUI: script/test --full, or FAULTS_UI=1")
+
+
 @full_only
-@pytest.mark.parametrize("folder", ["/etc/api-server", "/etc/gateway"])
-def test_a_full_disk_under_configuration_leaves_what_runs(folder: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "wanted"),
+    [
+        ("/etc/api-server", {"api_server_session_len": 1024}),
+        ("/etc/gateway", {"gateway_timeout_seconds": 111}),
+        pytest.param("/etc/open-webui", {"open_webui_settings": {"WEBUI_NAME": "Full"}}, marks=needs_ui),
+    ],
+)
+def test_a_full_disk_under_configuration_leaves_what_runs(folder: str, wanted: dict[str, Any]) -> None:
     """What is written is written beside, so a file is the old or the new one, never half of one."""
     HOST.ssh(
         f"rm -rf /root/kept && cp -a {folder} /root/kept && "
@@ -211,12 +221,13 @@ def test_a_full_disk_under_configuration_leaves_what_runs(folder: str) -> None:
         f"cp -a /root/kept/. {folder}/ && ! cat /dev/zero >{folder}/filler"
     )
     try:
-        failed = HOST.play(api_server_session_len=1024, gateway_timeout_seconds=111)
+        failed = HOST.play(**wanted)
         assert failed.code == 2, failed.output
         assert re.search(r"no space left", failed.failure(), re.IGNORECASE), failed.failure()
+        assert folder in failed.failure()
         serves()
         HOST.ssh(f"rm {folder}/filler")
-        settled(HOST.play(api_server_session_len=1024, gateway_timeout_seconds=111))
+        settled(HOST.play(**wanted))
         serves()
     finally:
         HOST.ssh(f"umount --lazy {folder}")
@@ -296,7 +307,7 @@ def test_a_clock_that_is_wrong_now_is_refused_before_any_change() -> None:
     HOST.ssh("rm -r /root/ahead /root/python")
 
 
-@pytest.mark.skipif(not WITH_UI, reason="needs Open WebUI: script/test --full, or FAULTS_UI=1")
+@needs_ui
 def test_a_database_that_somebody_holds_is_waited_for() -> None:
     """A program of the operator's holds the interface's database for some seconds while it starts."""
     hold = "import sqlite3, time; c = sqlite3.connect(path); c.execute('BEGIN EXCLUSIVE'); time.sleep(8)"
