@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ CHECKS = {
     "faults": "script/test faults",
     "inputs": "pytest tests/inputs",
     "units": "script/test trust",
+    "secrets": "script/test trust",
+    "rotation": "script/test --full fleet",
+    "rotation_lmdeploy": "script/test lmdeploy",
     "ports": "script/test gateway",
     "firewall": "script/test firewall",
 }
@@ -48,25 +52,51 @@ def make() -> None:
     subprocess.run([sys.executable, "-m", "pytest", "tests/inputs"], cwd=ROOT, env=environment, check=False)
 
 
-def sentence(topic: str, figure: dict[str, Any]) -> str:
-    """Return what a figure says."""
-    if topic == "moments":
-        told = [
-            f"{counts['survived']} of {counts['tried']} {SAID[kind]} in {SAID[series]}"
-            for series, kinds in sorted(figure["series"].items())
-            for kind, counts in sorted(kinds.items())
-        ]
-        return f"the same in the end after {', '.join(told)}"
-    if topic == "faults":
-        return f"{figure['survived']} of {figure['tried']} faults told clearly or mended, nothing lost"
-    if topic == "inputs":
-        total = figure["refused"] + figure["accepted"] + figure["wrong"]
-        fates = f"{figure['accepted']} accepted and harmless, {figure['wrong']} wrong"
-        return f"{figure['refused']} of {total} faulty inventories refused, {fates}"
-    if topic == "units":
-        return ", ".join(f"{name.removesuffix('.service')} {score}" for name, score in sorted(figure["scores"].items()))
+def of_moments(figure: dict[str, Any]) -> str:
+    """Return what became of the cuts."""
+    told = [
+        f"{counts['survived']} of {counts['tried']} {SAID[kind]} in {SAID[series]}"
+        for series, kinds in sorted(figure["series"].items())
+        for kind, counts in sorted(kinds.items())
+    ]
+    return f"the same in the end after {', '.join(told)}"
+
+
+def of_inputs(figure: dict[str, Any]) -> str:
+    """Return what became of the inventories."""
+    total = figure["refused"] + figure["accepted"] + figure["wrong"]
+    fates = f"{figure['accepted']} accepted and harmless, {figure['wrong']} wrong"
+    return f"{figure['refused']} of {total} faulty inventories refused, {fates}"
+
+
+def of_secrets(figure: dict[str, Any]) -> str:
+    """Return what the playbooks' output showed."""
+    shown = figure["shown_by"]
+    names = ", ".join(sorted(shown))
+    return f"shown in {sum(shown.values())} lines by {len(shown)} playbooks with -vvv --diff: {names}"
+
+
+def of_ports(figure: dict[str, Any]) -> str:
+    """Return what another host reached."""
     ports = figure.get("ports_open") or figure.get("open_from_another_host")
     return f"open from another host: {', '.join(map(str, ports or [])) or 'none'}"
+
+
+SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "moments": of_moments,
+    "faults": lambda found: f"{found['survived']} of {found['tried']} faults told clearly or mended, nothing lost",
+    "inputs": of_inputs,
+    "units": lambda found: ", ".join(
+        f"{n.removesuffix('.service')} {score}" for n, score in sorted(found["scores"].items())
+    ),
+    "secrets": of_secrets,
+    "rotation": lambda found: f"{found['refused']} of {found['requests']} requests to a gateway lost during rotate.yml",
+    "rotation_lmdeploy": lambda found: (
+        f"{found['refused']} of {found['requests']} refused in {found['changes']} changes of LMDeploy's key"
+    ),
+    "ports": of_ports,
+    "firewall": of_ports,
+}
 
 
 def lines(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -74,10 +104,10 @@ def lines(found: dict[str, dict[str, Any]]) -> list[str]:
     told = []
     for topic, check in CHECKS.items():
         if topic not in found:
-            told.append(f"{topic:10} missing: {check}")
+            told.append(f"{topic:17} missing: {check}")
             continue
         figure = found[topic]
-        told.append(f"{topic:10} {sentence(topic, figure)} ({figure['day']})")
+        told.append(f"{topic:17} {SENTENCES[topic](figure)} ({figure['day']})")
     return told
 
 

@@ -167,3 +167,12 @@ def scripts_can_be_started(tree: Tree) -> Iterator[str]:
             yield f"{name} has no interpreter line"
         elif (tree.root / name).is_file() and not os.access(tree.root / name, os.X_OK):
             yield f"{name} is not executable"
+
+
+def claims_name_tests_that_exist(tree: Tree) -> Iterator[str]:
+    """A test that a page names is one that there is, so that nobody trusts what nothing shows."""
+    there = "\n".join(tree.text(name) for name in tree.match("molecule/*/tests/*.py", "tests/*/*.py"))
+    for name in tree.match("docs/**.md"):
+        for test in sorted(set(re.findall(r"`(test_\w+)`", tree.text(name)))):
+            if f"def {test}(" not in there:
+                yield f"{name}: there is no {test}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,3 +111,12 @@ def variables_carry_the_role(tree: Tree) -> Iterator[str]:
             for name in tree.yaml(path) or {}:
                 if not name.startswith(f"__{role}_"):
                     yield f"{path}: {name} does not start with __{role}_"
+
+
+def units_have_a_user_of_their_own(tree: Tree) -> Iterator[str]:
+    """A unit of a role runs as its own user; one that must be root's says why, by `# It is root, since`."""
+    for name in tree.match("roles/*/templates/*.service.j2"):
+        text = tree.text(name)
+        users = re.findall(r"^(?:User=(?!root$|0$)\S|DynamicUser=yes$)", text, re.MULTILINE)
+        if not users and "# It is root, since " not in text:
+            yield f"{name}: the unit runs as root, and does not say why"

@@ -79,6 +79,10 @@ BAD: dict[str, list[tuple[dict[str, str], str]]] = {
         ({DEFAULTS: "port: 1"}, "port does not start with r_"),
         ({f"{R}/vars/main.yml": "r_port: 1"}, "r_port does not start with __r_"),
     ],
+    "units_have_a_user_of_their_own": [
+        ({f"{R}/templates/r.service.j2": "[Service]\nExecStart=/bin/true\n"}, "runs as root"),
+        ({f"{R}/templates/r.service.j2": "[Service]\nUser=root\nExecStart=/bin/true\n"}, "runs as root"),
+    ],
     "facts_are_read_by_bracket": [
         (tasks("when: ansible_facts.os_family == 'Debian'"), "by dot"),
         (tasks("when: ansible_distribution == 'Debian'"), "ansible_distribution, which would be"),
@@ -146,6 +150,7 @@ BAD: dict[str, list[tuple[dict[str, str], str]]] = {
         ({"molecule/a/molecule.yml": "{}"}, "molecule/a"),
         ({"molecule/a/molecule.yml": "{}", "molecule/a/tests/test_a.py": "x = 1"}, "molecule/a"),
     ],
+    "claims_name_tests_that_exist": [({"docs/en/a.md": "`test_that_is_gone`"}, "no test_that_is_gone")],
     "scripts_can_be_started": [({"script/a": "echo\n"}, "no interpreter")],
 }
 

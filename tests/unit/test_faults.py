@@ -168,6 +168,6 @@ def test_the_figures_are_printed_and_what_is_missing_is_said() -> None:
     root = LEASH.parents[2]
     output = subprocess.run(["script/bench", "trust"], cwd=root, capture_output=True, text=True, check=True).stdout
     assert output.startswith("trust of version ")
-    for topic in ("moments", "faults", "inputs", "units", "ports", "firewall"):
+    for topic in ("moments", "faults", "inputs", "units", "secrets", "rotation", "ports", "firewall"):
         assert re.search(rf"^{topic} +\S", output, re.MULTILINE), output
     assert (root / "artifacts/bench/trust.json").exists()

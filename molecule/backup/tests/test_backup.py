@@ -198,12 +198,24 @@ def test_a_restore_that_does_not_answer_is_undone(host: Host, play: Callable[...
 
 @full
 def test_another_host_takes_over(tmp_path: Path, host: Host) -> None:
-    done = playbook("backup", NAME, backup_fetched_to=str(tmp_path))
+    """With an archive that only the holder of a key can read, who is none of the hosts."""
+    host.check_output("apt-get -qq install age")
+    identity = tmp_path / "backup.key"
+    identity.write_text(host.check_output("age-keygen"))
+    recipient = next(word for word in identity.read_text().split() if word.startswith("age1"))
+    fetched = tmp_path / "fetched"
+    done = playbook("backup", NAME, backup_fetched_to=str(fetched), backup_recipient=recipient)
     assert done.returncode == 0, done.stdout
-    (archive,) = (tmp_path / NAME).iterdir()
-    installed = playbook("site", OTHER)
+    (archive,) = (fetched / NAME).iterdir()
+    assert archive.name.endswith(".tar.gz.age")
+    assert archive.read_bytes().startswith(b"age-encryption.org/")
+    installed = playbook("site", OTHER, backup_recipient=recipient)
     assert installed.returncode == 0, installed.stdout
-    restored = playbook("restore", OTHER, restore_archive=str(archive))
+    refused = playbook("restore", OTHER, restore_archive=str(archive), backup_recipient=recipient)
+    assert refused.returncode == 2, refused.stdout
+    assert "restore_identity_file" in refused.stdout, refused.stdout
+    told = {"restore_archive": str(archive), "restore_identity_file": str(identity), "backup_recipient": recipient}
+    restored = playbook("restore", OTHER, **told)
     assert restored.returncode == 0, restored.stdout
     assert seen(OTHER) == seen(NAME)
     password = host.file("/etc/open-webui/admin-password").content_string.strip()

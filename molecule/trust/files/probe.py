@@ -24,7 +24,13 @@ FOREIGN = (
     "/proc/sys/kernel/hostname",
     "/sys/fs/cgroup/probe",
 )
-SECRET = ("/etc/shadow", "/etc/api-server/api-key", "/etc/open-webui/open-webui.env", "/etc/open-webui/admin-password")
+SECRET = (
+    "/etc/shadow",
+    "/etc/api-server/api-key",
+    "/etc/gateway/private/api-key",
+    "/etc/open-webui/open-webui.env",
+    "/etc/open-webui/admin-password",
+)
 CLONE_NEWUSER = 0x10000000
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -38,6 +44,12 @@ def system_call(function: str, *arguments: object) -> None:
 def listed(folder: str) -> None:
     """Find something in a folder."""
     if not os.listdir(folder):  # noqa: PTH208  # names are enough
+        raise OSError("it looks empty")
+
+
+def read(path: str) -> None:
+    """Find something in a file; one that is hidden is there and empty."""
+    if not Path(path).read_bytes():
         raise OSError("it looks empty")
 
 
@@ -58,7 +70,7 @@ def tries(own: str, address: str) -> dict[str, Callable[[], object]]:
     marked = Path(own, "set-uid")
     return {
         **{f"write {path}": lambda path=path: Path(path).write_text("x") for path in FOREIGN},  # type: ignore[misc]  # a default binds
-        **{f"read {path}": lambda path=path: Path(path).read_text() for path in SECRET},  # type: ignore[misc]  # a default binds
+        **{f"read {path}": lambda path=path: read(path) for path in SECRET},  # type: ignore[misc]  # a default binds
         "read /home": lambda: listed("/home"),
         "read /root": lambda: listed("/root"),
         "see other processes": foreign_processes,
