@@ -85,12 +85,13 @@ def test_the_token_is_roots_and_nowhere_else(host: Any, other: Any) -> None:
     assert len(token) >= 32
     for one in (host, other):
         assert one.file("/etc/ray/token").mode == 0o600
-        assert (
-            one.run(f"cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | grep -ac {token}").stdout.strip()
-            == "0"
-        )
-        assert one.run(f"journalctl --no-pager | grep -c {token}").stdout.strip() == "0"
-        assert one.run(f"grep -rl {token} /run/ray /etc/systemd /var/log").stdout == ""
+        # grep reads the token from its file: with it among the words it would find itself.
+        found = "grep --fixed-strings --file=/etc/ray/token"
+        assert one.run(f"cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | {found} -ac").stdout.strip() == "0"
+        assert one.run(f"journalctl --no-pager | {found} -c").stdout.strip() == "0"
+        assert one.run(f"{found} -rl /run/ray /etc/systemd /var/log").stdout == ""
+        # A search that finds nothing at all would prove nothing.
+        assert one.run(f"cat /etc/ray/token | {found} -ac").stdout.strip() == "1"
 
 
 def test_strangers_are_refused(host: Any, other: Any) -> None:
