@@ -12,6 +12,8 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils import virtual_address
+
 # Names go into haproxy.cfg as they are, so they hold nothing that means something there.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*")
@@ -120,6 +122,14 @@ def faults(variables: dict[str, Any]) -> list[str]:
         found.append(
             "gateway_tls_certificate and gateway_tls_key belong together: give both, or none to have them made"
         )
+    if bool(variables["ca_certificate"]) != bool(variables["ca_key"]):
+        found.append("gateway_ca_certificate and gateway_ca_key belong together: give both, or none to have them made")
+    found += virtual_address.faults(
+        variables["virtual_address"],
+        variables["virtual_gateways"],
+        int(variables["virtual_router"]),
+        variables["host"],
+    )
     if not 1 <= variables["request_mib"] <= LARGEST_REQUEST_MIB:
         found.append(f"gateway_request_mib is {variables['request_mib']}: take 1 to {LARGEST_REQUEST_MIB}")
     for name in ("engine_requests", "connections", "timeout_seconds", "queue_seconds"):

@@ -170,6 +170,21 @@ def _normal(name: str) -> str:
         return name
 
 
+def judge_authority(key: str, certificate: str) -> None:
+    """Raise with what is wrong with an authority that a person gave."""
+    try:
+        fits = belongs(key, certificate)
+    except TlsFault as fault:
+        message = f"gateway_ca_certificate or gateway_ca_key is no PEM text: {fault}"
+        raise TlsFault(message) from fault
+    if not fits:
+        message = "gateway_ca_key is not the key of gateway_ca_certificate: give the two that belong together"
+        raise TlsFault(message)
+    if not lasts(certificate, LONGEST_DAYS):
+        message = f"gateway_ca_certificate ends within {LONGEST_DAYS} days, before what it signs: give a longer one"
+        raise TlsFault(message)
+
+
 def given(certificate: str, key: str) -> str:
     """Return the PEM file of a certificate and key that a person gave, or raise with what is wrong with them."""
     try:

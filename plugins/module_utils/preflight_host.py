@@ -37,7 +37,7 @@ OWN_UNITS = ("api-server*.service", "open-webui.service", GATEWAY_UNIT)
 CONDA_BYTES = 1 * GB
 ENVIRONMENT_BYTES = {"lmdeploy": 10 * GB, "llama_cpp": GB // 2, "open_webui": 8 * GB, "open_webui_slim": 1 * GB}
 # What the roles llama_cpp and gateway have from the distribution.
-SYSTEM_PACKAGES = ("haproxy", "libgomp1", "libstdc++6")
+SYSTEM_PACKAGES = ("haproxy", "keepalived", "libgomp1", "libstdc++6")
 # Beside the weights there are tokenizer, code and what a download holds twice for a moment.
 MODEL_ROOM = 1.1
 

@@ -41,6 +41,14 @@ options:
     description: Key of O(certificate) (PEM).
     type: str
     default: ''
+  ca_certificate:
+    description: Certificate of the authority (PEM); when empty one is made. Not used where O(certificate) is given.
+    type: str
+    default: ''
+  ca_key:
+    description: Key of O(ca_certificate) (PEM).
+    type: str
+    default: ''
   api_keys:
     description: Keys that clients use, each with a name for the log. When empty one called C(default) is generated.
     type: list
@@ -112,7 +120,13 @@ def certificates(params: dict[str, Any], changes: list[str]) -> dict[str, str]:
         return {"gateway.pem": text}
     folder = Path(params["dir"])
     key, authority = read(folder / "private/ca.key"), read(folder / "ca.crt")
-    if key is None or authority is None or not tls.lasts(authority, tls.LONGEST_DAYS):
+    if params["ca_certificate"]:
+        given_key, given = f"{params['ca_key'].strip()}\n", f"{params['ca_certificate'].strip()}\n"
+        if given != authority:
+            tls.judge_authority(given_key, given)
+            changes.append("authority: another one is given, so clients must trust it anew")
+        key, authority = given_key, given
+    elif key is None or authority is None or not tls.lasts(authority, tls.LONGEST_DAYS):
         changes.append("authority: it is new, so clients must trust it anew")
         key, authority = tls.new_authority(f"{params['names'][0]} gateway CA")
     pem = read(folder / "gateway.pem")
@@ -181,6 +195,8 @@ def main() -> None:
             "names": {"type": "list", "elements": "str", "required": True},
             "certificate": {"type": "str", "default": ""},
             "private_key": {"type": "str", "default": "", "no_log": True},
+            "ca_certificate": {"type": "str", "default": ""},
+            "ca_key": {"type": "str", "default": "", "no_log": True},
             "api_keys": {"type": "list", "elements": "dict", "default": [], "options": entries, "no_log": False},
             "renewed_days": {"type": "int", "default": 30},
         },

@@ -25,6 +25,8 @@ def have(folder: Path, *, dry: bool = False, **changes: Any) -> dict[str, Any]:
         "names": NAMES,
         "certificate": "",
         "private_key": "",
+        "ca_certificate": "",
+        "ca_key": "",
         "api_keys": [],
         "renewed_days": 30,
         **changes,
@@ -90,6 +92,27 @@ def test_a_given_certificate_is_taken_and_a_wrong_key_refused(tmp_path: Path) ->
     with pytest.raises(tls.TlsFault, match="no PEM text"):
         have(tmp_path, certificate="nonsense", private_key=key)
     assert left(tmp_path, "gateway.pem") == certificate + authority + key
+
+
+def test_gateways_of_one_authority_are_trusted_by_the_same_clients(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    have(first)
+    shared: dict[str, Any] = {
+        "ca_certificate": left(first, "ca.crt").strip(),
+        "ca_key": left(first, "private/ca.key").strip(),
+    }
+    assert have(second, **shared)["changes"][0].startswith("authority: another one is given")
+    assert (left(second, "ca.crt"), left(second, "private/ca.key")) == (
+        left(first, "ca.crt"),
+        left(first, "private/ca.key"),
+    )
+    assert left(second, "gateway.pem") != left(first, "gateway.pem")
+    assert tls.is_signed(left(second, "gateway.pem"), left(first, "ca.crt"))
+    assert not have(second, **shared)["changed"]
+    # Where the first is gone, the second goes on with it.
+    assert not have(second)["changed"]
+    with pytest.raises(tls.TlsFault, match="is not the key of gateway_ca_certificate"):
+        have(second, ca_certificate=tls.new_authority("other")[1], ca_key=shared["ca_key"])
 
 
 def test_a_generated_key_stays_and_its_digest_is_known(tmp_path: Path) -> None:
