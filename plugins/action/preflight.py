@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import time
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.action import ActionBase
+from ansible.release import __version__
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine import ENGINES
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_checks import (
     CHECKS,
@@ -42,6 +46,15 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desire
 )
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_gpu import layout, resolve_engine
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_host import survey_request
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_settled import (
+    RUN,
+    always_looked_at,
+    hardware,
+    of_the_inventory,
+    texts,
+    watched,
+)
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.witness import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -60,6 +73,7 @@ GIVEN_BY_ROLES = frozenset(
         "conda_env_release_prefix",
         "lmdeploy_release_prefix",
         "preflight_settled",
+        "preflight_watched",
         "preflight_wsl",
     }
 )
@@ -96,6 +110,30 @@ class Role:
             self.options.update(entry.get("options") or {})
         self.defaults = read("defaults/main.yml")
         self.internal = read("vars/main.yml")
+
+
+@functools.cache
+def known_roles() -> dict[str, Role]:
+    """Return every role of the collection by its name."""
+    loader = DataLoader()
+    return {path.name: Role(path.name, loader) for path in sorted(ROLES.iterdir()) if path.is_dir()}
+
+
+@functools.cache
+def code() -> str:
+    """Return a digest of all that decides what a run does, the inventory left out: this collection, and Ansible."""
+    total = hashlib.sha256(__version__.encode())
+    for top in ("playbooks", "plugins", "roles"):
+        for path in sorted((ROLES.parent / top).rglob("*")):
+            if path.suffix not in (".md", ".pyc") and path.is_file():
+                total.update(f"{path.relative_to(ROLES.parent)}\0".encode())
+                total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+# Ansible imports a plugin before it makes a process for each host, so what is read here is read once in a run.
+known_roles()
+code()
 
 
 def finding(check: str, variable: str, value: str, host: str, message: str, fix: str) -> Finding:
@@ -244,12 +282,14 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
                 "model_servers": {"type": "list", "elements": "str", "default": []},
                 "skipped_checks": {"type": "list", "elements": "str", "default": []},
                 "report_dir": {"type": "str", "default": ""},
+                "others": {"type": "list", "elements": "str", "default": []},
+                "settled_hours": {"type": "float", "default": 24.0},
                 "timeout_seconds": {"type": "float", "default": 4.0},
             }
         )
         arguments = plain(arguments)
         host = str(variables["inventory_hostname"])
-        roles = {path.name: Role(path.name, self._loader) for path in sorted(ROLES.iterdir()) if path.is_dir()}
+        roles = known_roles()
         reader = Reader(self._templar, variables, roles, host)
 
         desired, survey, findings = self._look(arguments, reader, roles)
@@ -269,6 +309,7 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
             result["ansible_facts"] = {
                 "preflight_wsl": survey["wsl"]["is_wsl"],
                 "preflight_settled": survey["settled"],
+                "preflight_watched": self._watched(arguments, desired, survey, reader),
             }
         if survey is not None and desired.engine == "lmdeploy":
             result["tp"] = {instance.unit: dealt.tp for instance, dealt in layout(desired, survey)}
@@ -305,13 +346,51 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
             return self._with_files(Desired(reader.host, taken, values, engine, {}, None, peers, offset, fellows))
 
         first = wish()
-        request = {**survey_request(first), "timeout_seconds": arguments["timeout_seconds"], "ca_pem": self._ca(first)}
+        request = {
+            **survey_request(first),
+            "timeout_seconds": arguments["timeout_seconds"],
+            "ca_pem": self._ca(first),
+            "watched": watched(first),
+        }
         survey, offset, findings = self._survey(request, reader)
         if survey is not None and wanted == "auto":
             engine = resolve_engine(wanted, survey)
         desired = wish(offset)
         # Faults of an engine that is not taken are none.
         return desired, survey, [found for role in sorted(desired.roles) for found in read[role].findings] + findings
+
+    def _watched(self, arguments: dict[str, Any], desired: Desired, survey: Survey, reader: Reader) -> dict[str, Any]:
+        """Return what tells whether the host is as a whole run left it, and wanted as it was then."""
+        # The firewall's variables are judged by its role alone, but count here.
+        firewall = reader.read(known_roles()["firewall"]).found
+        values = {name: value for name, value in desired.values.items() if not name.startswith("preflight_")}
+        files = {text: found for text in {*texts(values), *texts(firewall)} if (found := self._file(text))}
+        wanted = digest(
+            code(),
+            sorted(desired.roles),
+            arguments["model_servers"],
+            [values, firewall, files],
+            plain(of_the_inventory(reader.task_vars)),
+            hardware(survey),
+        )
+        return {
+            **survey["watch"],
+            "run": RUN,
+            "wanted": "" if always_looked_at(desired, survey) else wanted,
+            "watched": watched(desired),
+            "others": arguments["others"],
+            "hours": arguments["settled_hours"],
+        }
+
+    def _file(self, text: str) -> str:
+        """Return a digest of the file of the controller that a value names, '' where it names none."""
+        if not text or len(text) > 1000 or "\n" in text or "\0" in text:
+            return ""
+        try:
+            path = Path(self._loader.path_dwim(text))
+            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        except (OSError, ValueError):
+            return ""  # no path at all, such as text that is no Unicode
 
     def _with_files(self, desired: Desired) -> Desired:
         """Return the wish with the files of the controller that belong to it: locks and the command line's facts."""

@@ -147,6 +147,14 @@ class SettledFacts(TypedDict):
     packages: list[str]
 
 
+class WatchFacts(TypedDict):
+    """Whether the host is as a whole run left it: what was seen now, and the note of then; see witness.py."""
+
+    seen: str
+    note: dict[str, Any]
+    time: float
+
+
 class Survey(TypedDict):
     """Everything that one call of the module ``host_survey`` tells about a host."""
 
@@ -172,6 +180,7 @@ class Survey(TypedDict):
     units: dict[str, UnitFacts]
     urls: dict[str, UrlFacts]
     settled: SettledFacts
+    watch: WatchFacts
 
 
 def parse_os_release(text: str) -> dict[str, str]:

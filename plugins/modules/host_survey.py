@@ -77,6 +77,14 @@ options:
     type: list
     elements: str
     default: []
+  watched:
+    description:
+      - What is looked at beside the places and units that the roles always use, to tell whether the host is as a whole
+        run left it. C(trees) are looked at with all that is in them, of C(folders) owner and mode count, C(prefix) is
+        conda's.
+      - Without it, nothing of that is looked at.
+    type: dict
+    default: {}
   timeout_seconds:
     description: Seconds that all O(urls) together may take.
     type: float
@@ -128,6 +136,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.host_look import
     survey_gpus,
     survey_model,
 )
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.witness import look, read_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -283,6 +292,12 @@ def survey_urls(
     return [found.get(url, late) for url in wanted]
 
 
+def survey_watched(watched: dict[str, Any]) -> facts.WatchFacts:
+    """Tell what the host looks like, and what it looked like when a whole run found it as wanted."""
+    seen = look(watched) if watched else ""
+    return {"seen": seen, "note": read_note() if seen else {}, "time": time.time()}
+
+
 def survey(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return everything that the parameters ask for: a Survey, but for the addresses' answers, which are a list."""
     system = facts.parse_os_release(read("/etc/os-release"))
@@ -327,6 +342,7 @@ def survey(parameters: dict[str, Any]) -> dict[str, Any]:
             if parameters["system_packages"]
             else [],
         },
+        "watch": survey_watched(parameters["watched"]),
     }
 
 
@@ -354,6 +370,7 @@ def main() -> None:
             "trust_name": {"type": "str", "default": ""},
             "conda": {"type": "dict", "default": {}},
             "system_packages": {"type": "list", "elements": "str", "default": []},
+            "watched": {"type": "dict", "default": {}},
             "timeout_seconds": {"type": "float", "default": 4.0},
         },
         supports_check_mode=True,

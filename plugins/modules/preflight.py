@@ -102,6 +102,18 @@ options:
     description: Seconds that mirrors may take to answer, all together.
     type: float
     default: 4.0
+  others:
+    description:
+      - Hosts of the inventory that tell this one something, such as addresses and keys of engines. It is left alone
+        only where they are as they were, too.
+    type: list
+    elements: str
+    default: []
+  settled_hours:
+    description:
+      - How long a host that a whole run found as wanted may be left alone; see M(selfhost.lmdeploy.settled_hosts).
+    type: float
+    default: 24.0
 attributes:
   check_mode:
     support: full

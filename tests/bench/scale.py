@@ -7,6 +7,9 @@ hosts are asked for than --real, several names of the inventory lead to one of t
 own: the controller can't tell them from other hosts, but nothing can be installed on them twice, so that the first run
 and the redeploy are measured up to --real hosts. Hosts and controller share this machine's cores: on a network, hosts
 do their part of the work at the same time. Results go to artifacts/bench/scale.json and scale.svg.
+
+The run after a change has every role look, finds nothing to do, and notes that on each host; "nothing to do" are the
+runs after that, and all hosts are left alone in them.
 """
 
 from __future__ import annotations
@@ -156,6 +159,12 @@ def is_unchanged(log: Path) -> bool:
     return "changed=0" in text and not re.search(r"changed=[1-9]", text)
 
 
+def left_alone(log: Path) -> int:
+    """Return how many hosts a run left alone, since they are as a whole run found them."""
+    found = re.search(r"As wanted already: (\d+) of", log.read_text(encoding="utf-8"))
+    return int(found[1]) if found else 0
+
+
 def middle(costs: list[Cost]) -> Cost:
     """Return the median of each figure."""
     return Cost(**{name: statistics.median(asdict(cost)[name] for cost in costs) for name in asdict(costs[0])})
@@ -171,11 +180,17 @@ def steps(fleet: Fleet, chosen: argparse.Namespace) -> dict[str, dict[str, Any]]
         return PLACE / f"scale-{fleet.count}-{name}.log"
 
     found = {}
-    # Where names are more than hosts, the hosts are there already, and the gateway alone has something to learn.
-    known = ["--limit", GATEWAY] if fleet.count > chosen.real else []
+    real = [f"scale-{number}" for number in range(1, fleet.real + 1)]
+    # Where names are more than hosts, the hosts are there already, and know by one name each that they are as wanted.
+    known = ["--limit", ",".join(real)] if fleet.count > chosen.real else []
     begun = measured([*fleet.playbook("site.yml"), *known], log("first"))
+    if known:
+        measured(fleet.playbook("site.yml"), log("gateway"))
     if first:
         found["first run"] = asdict(begun)
+    whole = measured(fleet.playbook("site.yml"), log("whole"))
+    if not is_unchanged(log("whole")):
+        sys.exit(f"a run that was to change nothing changed something; see {log('whole')}")
     pings, runs = [], []
     for number in range(chosen.rounds):
         # In turn, so that what else the machine does meets both.
@@ -183,13 +198,17 @@ def steps(fleet: Fleet, chosen: argparse.Namespace) -> dict[str, dict[str, Any]]
         runs.append(measured(fleet.playbook("site.yml"), log(f"noop-{number}")))
         if not is_unchanged(log(f"noop-{number}")):
             sys.exit(f"a run that was to change nothing changed something; see {log(f'noop-{number}')}")
+        if left_alone(log(f"noop-{number}")) != fleet.count + 1:
+            sys.exit(f"not every host was left alone; see {log(f'noop-{number}')}")
     ping, run = asdict(middle(pings)), asdict(middle(runs))
     found["ping"] = ping
-    found["nothing to do"] = {
-        **run,
-        "times_ping": round(run["seconds"] / ping["seconds"], 2),
-        "times_ping_processor": round(run["processor_seconds"] / ping["processor_seconds"], 2),
-    }
+    costs = {"nothing to do": run, **({} if known else {"nothing to do, every role looks": asdict(whole)})}
+    for name, cost in costs.items():
+        found[name] = {
+            **cost,
+            "times_ping": round(cost["seconds"] / ping["seconds"], 2),
+            "times_ping_processor": round(cost["processor_seconds"] / ping["processor_seconds"], 2),
+        }
     if "redeploy" in chosen.phases and fleet.count <= chosen.real:
         found["redeploy"] = asdict(measured(fleet.playbook("playbooks/redeploy.yml", **CHANGED), log("redeploy")))
         measured(fleet.playbook("playbooks/redeploy.yml"), log("redeploy-back"))

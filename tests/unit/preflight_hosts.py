@@ -133,6 +133,7 @@ def host(**changes: Any) -> facts.Survey:
         "units": {},
         "urls": {},
         "settled": {"trust": False, "conda": False, "packages": []},
+        "watch": {"seen": "", "note": {}, "time": 1_700_000_000.0},
         **changes,
     }
     return cast("facts.Survey", plain)

@@ -46,6 +46,14 @@ def test_a_run_that_changed_something_is_seen(tmp_path: Path) -> None:
     assert not scale.is_unchanged(log)
 
 
+def test_hosts_that_were_left_alone_are_counted(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("    msg: 'As wanted already: 11 of 12 hosts (scale-1, scale-2 and 9 more). To have'\n")
+    assert scale.left_alone(log) == 11
+    log.write_text("scale-1 : ok=3 changed=0\n")
+    assert scale.left_alone(log) == 0
+
+
 def test_its_command_line_is_told() -> None:
     done = subprocess.run(["script/bench", "scale", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--hosts" in done.stdout

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NOTHING: dict[str, Any] = {
     "paths": [], "ports": [], "models": [], "environments": [], "units": [], "urls": [], "proxies": {}, "ca_pem": "",
-    "trust_name": "", "conda": {}, "system_packages": [], "timeout_seconds": 2.0,
+    "trust_name": "", "conda": {}, "system_packages": [], "watched": {}, "timeout_seconds": 2.0,
 }  # fmt: skip
 
 

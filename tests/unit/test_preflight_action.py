@@ -211,6 +211,50 @@ def test_the_modules_page_lists_every_check() -> None:
     assert listed == [f"C({name}): {text}." for name, text in CHECKS.items()]
 
 
+def wanted(variables: dict[str, Any], **changes: Any) -> str:
+    """Return the digest of what is wanted of a host with a small engine."""
+    own = {"api_server_engine": "llama_cpp", "api_server_model": GGUF, "ansible_host": "10.0.0.9", **variables}
+    run = Run(ENGINE, own, box(**{**CPU, **changes}))
+    found = run.result["ansible_facts"]["preflight_watched"]
+    assert run.asked["watched"] == found["watched"]
+    return str(found["wanted"])
+
+
+def test_the_same_wish_is_the_same_and_another_is_another(tmp_path: Path) -> None:
+    authority = tmp_path / "ca.pem"
+    authority.write_text("one")
+    plain = {"mirrors_ca_file": str(authority)}
+    first = wanted(plain)
+    assert first == wanted(plain)
+    # Variables of the run are no wish.
+    assert first == wanted({**plain, "preflight_settled_hours": 3, "ansible_check_mode": True, "omit": "x"})
+    others = [
+        wanted({**plain, "api_server_port": 23444}),
+        wanted({**plain, "ansible_host": "10.0.0.10"}),
+        # No role's variable, but something may be made of it.
+        wanted({**plain, "of_my_own": 1}),
+        wanted({**plain, "firewall_enabled": True}),
+        wanted(plain, os_version="13", os_id="debian"),
+    ]
+    authority.write_text("two")
+    others.append(wanted(plain))
+    assert len({first, *others}) == 1 + len(others)
+
+
+def test_a_value_that_is_computed_counts_by_what_it_is() -> None:
+    assert wanted({"api_server_port": "{{ other }}", "other": 1234}) != wanted(
+        {"api_server_port": "{{ other }}", "other": 1235}
+    )
+
+
+def test_text_that_is_no_path_and_no_unicode_breaks_nothing() -> None:
+    assert wanted({"of_my_own": "\ud800", "firewall_ssh_networks": ["\ud800/x"], "firewall_enabled": True})
+
+
+def test_who_asks_every_engine_in_every_run_is_never_left_alone() -> None:
+    assert wanted({"api_server_verified": "always"}) == ""
+
+
 def facts_set_by_roles() -> set[str]:
     """Return every public fact that a role's task file sets."""
     found: set[str] = set()
@@ -222,7 +266,9 @@ def facts_set_by_roles() -> set[str]:
 
 def test_facts_that_roles_set_are_known() -> None:
     # The last ones are preflight's own, out of its survey.
-    assert facts_set_by_roles() | {"preflight_settled", "preflight_wsl"} == set(preflight.GIVEN_BY_ROLES)
+    assert facts_set_by_roles() | {"preflight_settled", "preflight_watched", "preflight_wsl"} == set(
+        preflight.GIVEN_BY_ROLES
+    )
 
 
 @pytest.mark.parametrize("role", ["mirrors", "miniconda", "conda_env", "model_weights", "api_server", "open_webui"])
