@@ -123,6 +123,74 @@ def test_a_tag_works_alone(tag: str) -> None:
     assert recap(output, "changed") == 0, output
 
 
+LEFT_ALONE = f"As wanted already: 1 of 1 hosts ({HOST})"
+
+
+def seen() -> str:
+    """Return what the survey of a run sees of all that the roles have made."""
+    folders = ["/var/backups/open-webui", "/var/lib/open-webui/data"]
+    watched = {"trees": ["/var/lib/models"], "folders": folders, "prefix": "/opt/miniconda3"}
+    inventories = [word for path in INVENTORIES for word in ("-i", path)]
+    module = ["-b", "-m", "selfhost.lmdeploy.host_survey", "-a", json.dumps({"watched": watched})]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"}
+    command = ["ansible", *inventories, HOST, "--one-line", *module]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return str(json.loads(done.stdout.split("=>", 1)[1])["survey"]["watch"]["seen"])
+
+
+def test_a_host_that_is_as_wanted_is_left_alone(host: Host) -> None:
+    output = verb("site")
+    if "As wanted already" not in output:
+        assert recap(output, "changed") == 0, output
+        output = verb("site")
+    assert LEFT_ALONE in output, output
+    # Judged, compared, told: nothing of the roles ran.
+    assert (recap(output, "ok"), recap(output, "changed"), recap(output, "skipped")) == (3, 0, 0), output
+    assert LEFT_ALONE in verb("site", "--check", "--diff")
+    note = host.file("/run/selfhost-settled.json")
+    assert (note.user, note.mode) == ("root", 0o600)
+    # Who asks for it has every role look.
+    assert recap(verb("site", preflight_settled_hours=0), "ok") > 10
+    # Another wish is another run.
+    assert recap(verb("site", "--check", open_webui_port=8099), "changed") > 0
+
+
+# Damage to a piece of each role, how it is done, and how it shows that it was mended.
+DAMAGE = {
+    "mirrors": ("rm /usr/local/share/ca-certificates/selfhost-mirrors-1.crt", "test -s {}"),
+    "miniconda": ("rm /etc/profile.d/conda.sh", "test -s {}"),
+    "llama_cpp": (
+        "rm -r /opt/miniconda3/envs/llama-cpp/lib/python3.11/site-packages/xllamacpp-*.dist-info",
+        "ls -d {}",
+    ),
+    "model_weights": (f"rm {DATA[1]}", "test -s {}"),
+    "api_server": ("echo '# damage' >>/etc/systemd/system/api-server.service", "! grep -q damage {}"),
+    "api_server's unit": ("systemctl stop api-server.service", "systemctl is-active {}"),
+    "open_webui": ("echo ENABLE_SIGNUP=true >>/etc/open-webui/open-webui.env", "! grep -q ^ENABLE_SIGNUP=true {}"),
+    "open_webui's unit": ("systemctl disable open-webui.service", "systemctl is-enabled {}"),
+    "backup": ("chown 1:1 /var/backups/open-webui", "test $(stat -c %U {}) = open-webui-backup"),
+    "backup's timer": ("systemctl stop open-webui-backup.timer", "systemctl is-active {}"),
+}
+
+
+def test_every_damage_is_seen_and_mended_by_the_next_run(host: Host) -> None:
+    before = seen()
+    assert before == seen()
+    for role, (command, _proof) in DAMAGE.items():
+        host.check_output(command)
+        after = seen()
+        assert after != before, role
+        before = after
+    output = verb("site")
+    assert "As wanted already" not in output, output
+    assert recap(output, "changed") > 0, output
+    for role, (command, proof) in DAMAGE.items():
+        mended = host.run(proof.format(command.split(">>")[-1].split()[-1]))
+        assert mended.rc == 0, (role, mended.stdout, mended.stderr, output)
+    assert recap(verb("site"), "changed") == 0
+    assert LEFT_ALONE in verb("site")
+
+
 def test_a_changed_port_is_applied_once_and_the_interface_follows() -> None:
     wanted = {"api_server_port": 23444, "open_webui_port": 8081}
     assert recap(verb("site", **wanted), "changed") > 0
