@@ -15,6 +15,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.conda_releases i
     parse_lock,
     release_id,
 )
+from ansible_collections.selfhost.lmdeploy.plugins.plugin_utils.watched import watched
 
 MODULE = "selfhost.lmdeploy.conda_environment"
 LOCKS = ("lock", "uv_lock")
@@ -54,7 +55,8 @@ class ActionModule(ActionBase):  # type: ignore[misc] # ansible-core carries no 
                 remote[name] = self._connection._shell.join_path(folder, f"{name}.txt")
                 self._transfer_data(remote[name], self._read(path) if path else "")
             self._fixup_perms2([folder, *remote.values()])
-            return self._call({**arguments, **remote}, task_vars)
+            with watched(self, str((task_vars or {}).get("inventory_hostname", ""))):
+                return self._call({**arguments, **remote}, task_vars)
         finally:
             self._remove_tmp_path(folder)
 

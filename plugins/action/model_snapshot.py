@@ -16,8 +16,9 @@ from typing import Any
 from ansible import constants
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_store import STORE, human
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.progress import flow_text
+from ansible_collections.selfhost.lmdeploy.plugins.plugin_utils.watched import forget, tell
 
 MODULE = "selfhost.lmdeploy.model_snapshot"
 LOST_POLLS = 20
@@ -30,15 +31,9 @@ JOB_KEYS = ("ansible_job_id", "finished", "results_file", "started", "stderr", "
 def line(progress: dict[str, Any]) -> str:
     """Return one line about a running fetch: bytes, rate, time left."""
     done, total, rate = progress["done"], progress["total"], progress["rate"]
-    text = f"{progress['model']}: {human(done)} of {human(total)}"
-    if progress.get("note"):
-        return f"{text}, {progress['note']}"
-    if done >= total:
-        return f"{text}, checking"
-    if rate <= 0:
-        return f"{text}, waiting for data"
-    left = (total - done) / rate
-    return f"{text}, {human(rate)}/s, " + (f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left")
+    if progress.get("note") or done >= total:
+        return f"{progress['model']}: {human(done)} of {human(total)}, {progress.get('note') or 'checking'}"
+    return f"{progress['model']}: {flow_text(done, total, rate)}"
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core carries no types
@@ -76,6 +71,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core carries no
             return done
         finally:
             self._task.async_val = 0
+            forget(self._task._uuid, str(task_vars.get("inventory_hostname", "")))
 
     def _wait(
         self, args: dict[str, Any], job: str, deadline: float, seconds: int, task_vars: dict[str, Any]
@@ -95,7 +91,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core carries no
                     return {key: value for key, value in status.items() if key not in JOB_KEYS}
                 if time.monotonic() - shown >= seconds:
                     shown = time.monotonic()
-                    self._show(args, task_vars)
+                    self._show(args, seconds, task_vars)
                 lost = 0
             except AnsibleConnectionFailure:
                 # The fetch goes on without us; only a host that stays away is a fault.
@@ -114,7 +110,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core carries no
         arguments = {"jid": job, "mode": mode, "_async_dir": folder}
         return dict(self._execute_module("ansible.legacy.async_status", arguments, task_vars=task_vars))
 
-    def _show(self, args: dict[str, Any], task_vars: dict[str, Any]) -> None:
+    def _show(self, args: dict[str, Any], seconds: int, task_vars: dict[str, Any]) -> None:
         file = f"{args['path']}/{STORE}/progress.json"
         # A look at one small file, without the cost of a module.
         answer = self._low_level_execute_command(f"cat {shlex.quote(file)}", sudoable=True)
@@ -122,4 +118,4 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core carries no
             text = line(json.loads(answer.get("stdout", "")))
         except (ValueError, KeyError, TypeError):
             return
-        Display().display(f"... {task_vars.get('inventory_hostname', '')}: {text}")
+        tell(self._task._uuid, str(task_vars.get("inventory_hostname", "")), text, seconds)

@@ -14,11 +14,14 @@ author:
 description:
   - While a task runs longer than O(interval_seconds), prints one plain line every O(interval_seconds) seconds with the
     task's name, the time since it began, how many hosts are done and which ones are still at work.
+  - Behind a host's name stands how far it is, where the task's module tells that, as this collection's do - bytes of
+    all, rate and time left of a download, packages of all of an environment, seconds of the last load of a model.
   - At the end prints one line with the number of tasks that ran, the time of the whole run, and the slowest tasks.
   - Uses neither colours nor cursor movement, so it reads the same in a terminal, in AWX and in a log file.
 options:
   interval_seconds:
-    description: Seconds between two lines, and the time that a task may take before the first.
+    description: Seconds between two lines, and the time that a task may take before the first. Hosts are looked at as
+      often.
     type: float
     default: 10.0
     env:
@@ -44,6 +47,7 @@ import time
 from typing import Any
 
 from ansible.plugins.callback import CallbackBase
+from ansible_collections.selfhost.lmdeploy.plugins.plugin_utils.watched import figures, open_folder
 
 # More names than this on one line are a number, not an information.
 MAX_HOSTS_SHOWN = 5
@@ -54,9 +58,10 @@ def short_name(task: Any) -> str:
     return str(task.get_name()).strip().removeprefix("selfhost.lmdeploy.")
 
 
-def waiting_line(task: str, elapsed: float, running: list[str], done: int) -> str:
-    """Return the line for a task that has run ``elapsed`` seconds: who still works, how many hosts are ready."""
-    shown = ", ".join(running[:MAX_HOSTS_SHOWN])
+def waiting_line(task: str, elapsed: float, running: list[str], done: int, figures: dict[str, str]) -> str:
+    """Return the line for a task that has run ``elapsed`` seconds: who still works and how far, how many are ready."""
+    named = [f"{name} ({figures[name]})" if figures.get(name) else name for name in running]
+    shown = ", ".join(named[:MAX_HOSTS_SHOWN])
     if len(running) > MAX_HOSTS_SHOWN:
         shown += f" and {len(running) - MAX_HOSTS_SHOWN} more"
     ready = f", {done} done" if done else ""
@@ -99,6 +104,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # ansible-core carrie
     def v2_playbook_on_start(self, playbook: Any) -> None:
         """Begin the clock and the watching thread (in the main process: forks never start one)."""
         self._began = time.monotonic()
+        open_folder(float(self.get_option("interval_seconds")))
         self._thread = threading.Thread(target=self._watch, name="selfhost-progress", daemon=True)
         self._thread.start()
 
@@ -166,4 +172,4 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # ansible-core carrie
             for uuid, name, began, hosts, done in waiting:
                 if now - last.get(uuid, began) >= interval:
                     last[uuid] = now
-                    self._display.display(waiting_line(name, now - began, hosts, done))
+                    self._display.display(waiting_line(name, now - began, hosts, done, figures(uuid)))

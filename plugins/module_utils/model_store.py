@@ -15,10 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any
 
 STORE = ".store"
 MARKER = ".complete.json"
@@ -37,6 +35,18 @@ def human(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def bytes_below(folder: Path) -> int:
+    """Return the bytes of all files below ``folder``; one that goes away meanwhile counts as none."""
+    total = 0
+    for place, _dirs, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(place) / name).lstat().st_size
+            except OSError:
+                continue
+    return total
 
 
 def digest(identity: dict[str, Any]) -> str:

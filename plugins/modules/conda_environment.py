@@ -180,6 +180,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.conda_releases i
     surplus,
 )
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.kept_links import kept
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.progress import told
 
 SHOWN_LINES = 15
 # Settings of the tools that would change what is built or wait for somebody to answer.
@@ -399,9 +400,10 @@ class Environment:
         lock = Path(self.module.params["lock"])
         wanted = parse_lock(lock.read_text(encoding="utf-8"))
         try:
-            self.call(self.create_command(folder), "the channels (mirrors_conda_channels)")
-            if wanted:
-                self.call(self.install_command(folder, lock), "the package index (mirrors_pip_index_url)")
+            with told("conda_environment", lambda: f"{self.name}: {built(folder, self.cache, wanted)}"):
+                self.call(self.create_command(folder), "the channels (mirrors_conda_channels)")
+                if wanted:
+                    self.call(self.install_command(folder, lock), "the package index (mirrors_pip_index_url)")
             marker = self.marker_for(identity, folder, wanted)
             write_marker(folder, marker)
         except BaseException:
@@ -504,6 +506,22 @@ class Environment:
             heading = f"`{' '.join(words)}` failed ({process.returncode}):"
             message = "\n".join([heading, *lines[-SHOWN_LINES:], way_out])
             raise BuildError(without_credentials(message))
+
+
+def built(folder: Path, cache: Path, wanted: list[Requirement]) -> str:
+    """Return how far the build of a release is: packages that its installer has fetched or put in place, of all."""
+    site_packages = next(folder.glob("lib/python3.*/site-packages"), None)
+    if site_packages is None or not wanted:
+        return "Python is put in place"
+    there = installed_versions(path.name for path in site_packages.iterdir())
+    placed = sum(item.name in there for item in wanted)
+    if placed == len(wanted):
+        return f"{placed} of {placed} packages in place, being compiled"
+    # uv unpacks each wheel into its cache first; a link with the version's name tells that it is whole.
+    shops = [shop for kind in ("pypi", "index/*") for shop in cache.glob(f"wheels-v*/{kind}")]
+    links = ([*shop.glob(f"{item.name}/{item.version}-*")] for item in wanted for shop in shops)
+    fetched = sum(any(path.is_dir() for path in found) for found in links)
+    return f"{max(fetched, placed)} of {len(wanted)} packages fetched, {placed} in place"
 
 
 def names_in(folder: Path) -> list[str]:

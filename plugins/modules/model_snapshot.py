@@ -232,6 +232,7 @@ from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_sources im
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.model_store import (
     STORE,
     StoreError,
+    bytes_below,
     digest,
     disk_fault,
     is_complete,
@@ -284,18 +285,6 @@ class Progress:
                 temporary.replace(self.file)
             except OSError:
                 continue
-
-
-def bytes_below(folder: Path) -> int:
-    """Return the bytes of all files below ``folder``; one that goes away meanwhile counts as none."""
-    total = 0
-    for place, _dirs, names in os.walk(folder):
-        for name in names:
-            try:
-                total += (Path(place) / name).lstat().st_size
-            except OSError:
-                continue
-    return total
 
 
 class Model:

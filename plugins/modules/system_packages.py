@@ -92,6 +92,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.progress import apt_text, told
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.settled import parse_states, states_command
 
 LISTS = Path("/var/lib/apt/lists")
@@ -143,19 +144,25 @@ class Said:
 Runner = Callable[[list[str]], Said]
 
 
+# What the program that runs now has said so far.
+HEARD: list[str] = []
+
+
 def run(command: list[str]) -> Said:
     """Run a program to its end."""
-    done = subprocess.run(
+    HEARD.clear()
+    with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        check=False,
         env={**os.environ, **ENVIRONMENT},
-    )
-    return Said(done.returncode, done.stdout)
+    ) as process:
+        for line in process.stdout or ():
+            HEARD.append(line)
+    return Said(process.returncode, "".join(HEARD))
 
 
 def quiet(command: list[str]) -> Said:
@@ -302,7 +309,8 @@ def converge(params: dict[str, Any], packages: Packages, *, dry: bool) -> dict[s
     if repaired and not dry:
         end_policy()
     if due and not dry:
-        with contextlib.nullcontext() if params["started"] else policy():
+        quietly = contextlib.nullcontext() if params["started"] else policy()
+        with quietly, told("system_packages", lambda: apt_text([*HEARD])):
             repaired = change(params, packages, due) or repaired
         left = {name: state for name, state in packages.states(due).items() if state not in good}
         if left:

@@ -95,10 +95,12 @@ import datetime as dt
 import os
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.selfhost.lmdeploy.plugins.module_utils.progress import told
 
 PROPERTIES = (
     "LoadState",
@@ -109,6 +111,9 @@ PROPERTIES = (
     "FragmentPath",
     "DropInPaths",
     "Triggers",
+    "StatusText",
+    "InactiveExitTimestampMonotonic",
+    "ActiveEnterTimestampMonotonic",
 )
 STARTED_AT = "ExecMainStartTimestamp"
 # A start changes the state of a unit, and so does a reload.
@@ -217,6 +222,20 @@ def bring_to_present(files: list[str]) -> None:
             os.utime(path, follow_symlinks=False)
 
 
+def start_seconds(shown: dict[str, str]) -> float:
+    """Return how long the unit's last start took, in seconds; 0 where that is not known."""
+    begun, active = (int(shown.get(f"{word}TimestampMonotonic") or 0) for word in ("InactiveExit", "ActiveEnter"))
+    return (active - begun) / 1e6 if active > begun else 0.0
+
+
+def under_way(name: str, action: str, began: float, last_seconds: float) -> str:
+    """Return how far an action is: its seconds, those of the last start, and what the unit says of itself."""
+    shown = properties(name)
+    before = f" of {last_seconds:.0f} s last time" if last_seconds and action != "stop" else ""
+    said = shown.get("StatusText") or f"{shown.get('ActiveState')} ({shown.get('SubState')})"
+    return f"{action} for {time.monotonic() - began:.0f} s{before}, {said}"
+
+
 def act(name: str, action: str) -> None:
     """Do one step; a unit that failed before may start again."""
     if action == "daemon-reload":
@@ -253,8 +272,11 @@ def converge(params: dict[str, Any], *, dry: bool) -> dict[str, Any]:
     if not dry:
         if actions:
             bring_to_present([before.get("FragmentPath", ""), *params["files"], *params["reloaded_files"]])
+        seconds = start_seconds(before)
         for action in actions:
-            act(name, action)
+            began = time.monotonic()
+            with told("unit_current", partial(under_way, name, action, began, seconds)):
+                act(name, action)
     return {
         "changed": bool(actions),
         "actions": actions,

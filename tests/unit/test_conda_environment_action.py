@@ -19,7 +19,9 @@ class Action(ActionModule):
 
     def __init__(self, arguments: dict[str, Any], *, has_release: bool) -> None:
         """Take the task's arguments."""
-        self._task = SimpleNamespace(args=arguments, async_val=0, check_mode=False)
+        self._task = SimpleNamespace(
+            action="conda_environment", _uuid="1", args=arguments, async_val=0, check_mode=False
+        )
         self._loader = SimpleNamespace(get_real_file=lambda path: path)
         self._connection = SimpleNamespace(_shell=SimpleNamespace(join_path=lambda *parts: "/".join(parts)))
         self.has_release = has_release

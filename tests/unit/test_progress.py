@@ -30,12 +30,12 @@ all:
 
 
 def test_a_waiting_line_names_task_hosts_and_time() -> None:
-    assert waiting_line("Load", 20.4, ["a", "b"], 3) == "... Load: 20 s, waiting for a, b, 3 done"
-    assert waiting_line("Load", 20.4, ["a"], 0) == "... Load: 20 s, waiting for a"
+    assert waiting_line("Load", 20.4, ["a", "b"], 3, {}) == "... Load: 20 s, waiting for a, b, 3 done"
+    assert waiting_line("Load", 20.4, ["a"], 0, {"a": "1 of 2"}) == "... Load: 20 s, waiting for a (1 of 2)"
 
 
 def test_a_waiting_line_counts_hosts_that_are_too_many_to_name() -> None:
-    assert waiting_line("Load", 10, [f"h{i}" for i in range(7)], 0).endswith("h0, h1, h2, h3, h4 and 2 more")
+    assert waiting_line("Load", 10, [f"h{i}" for i in range(7)], 0, {}).endswith("h0, h1, h2, h3, h4 and 2 more")
 
 
 def test_the_closing_line_counts_and_names_the_slowest() -> None:
