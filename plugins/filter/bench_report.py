@@ -33,7 +33,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: C(table), lines of text; C(plot), an SVG picture; C(bad), the number of answers that were not good.
+  description: C(table), lines of text; C(plot), an SVG picture with the last run dashed; C(run), the run with C(change)
+    of each level, in percent; C(bad), the number of answers that were not good.
   type: dict
 """
 
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
 def bench_report(run: Mapping[str, Any], last: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the report (see DOCUMENTATION)."""
     bad = sum(level["requests"] - level["good"] for level in run["levels"])
-    return {"table": bench.table(run, last or {}), "plot": bench.plot(run), "bad": bad}
+    last = last or {}
+    told = {"table": bench.table(run, last), "plot": bench.plot(run, last), "run": bench.compared(run, last)}
+    return {**told, "bad": bad}
 
 
 class FilterModule:

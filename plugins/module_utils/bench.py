@@ -70,9 +70,20 @@ def contents(kind: str, count: int) -> list[Any]:
     return made
 
 
-def change(now: float | None, before: float | None) -> str:
-    """Return how a figure moved since the last run, in percent; '' where there is none to compare with."""
-    return f"{(now / before - 1) * 100:+.0f}%" if now and before else ""
+def change(now: float | None, before: float | None) -> float | None:
+    """Return how a figure moved since the last run, in percent; None where there is none to compare with."""
+    return round((now / before - 1) * 100, 1) if now and before else None
+
+
+def compared(run: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run whose levels tell their change since the last one, in percent."""
+    levels = []
+    for level in run["levels"]:
+        old = _last(level, last)
+        first = change(level["first_token_seconds"]["p50"], old.get("first_token_seconds", {}).get("p50"))
+        speed = change(level["tokens_per_second"], old.get("tokens_per_second"))
+        levels.append({**level, "change": {"tokens_per_second": speed, "first_token_seconds": first}})
+    return {**run, "levels": levels, "compared_with": last.get("moment", "")}
 
 
 def _seconds(value: float | None) -> str:
@@ -85,7 +96,11 @@ def _last(level: Mapping[str, Any], last: Mapping[str, Any]) -> Mapping[str, Any
     return next(same, {})
 
 
-def _row(level: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[str, ...]:
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:+.0f}%"
+
+
+def _row(level: Mapping[str, Any]) -> tuple[str, ...]:
     first, whole = level["first_token_seconds"], level["seconds"]
     return (
         level["host"],
@@ -95,10 +110,10 @@ def _row(level: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[str, ...]:
         str(level["good"]),
         str(level["requests"] - level["good"]),
         f"{level['tokens_per_second']:.1f}",
-        change(level["tokens_per_second"], old.get("tokens_per_second")),
+        _percent(level["change"]["tokens_per_second"]),
         f"{level['requests_per_second']:.2f}",
         _seconds(first["p50"]),
-        change(first["p50"], old.get("first_token_seconds", {}).get("p50")),
+        _percent(level["change"]["first_token_seconds"]),
         _seconds(first["p99"]),
         _seconds(whole["p50"]),
         _seconds(whole["p99"]),
@@ -107,7 +122,7 @@ def _row(level: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[str, ...]:
 
 def table(run: Mapping[str, Any], last: Mapping[str, Any]) -> str:
     """Return the figures as text, with the changes since the last run, and each fault that was met."""
-    rows = [HEADINGS, *(_row(level, _last(level, last)) for level in run["levels"])]
+    rows = [HEADINGS, *(_row(level) for level in compared(run, last)["levels"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = ["  ".join(f"{word:<{widths[i]}}" for i, word in enumerate(row)).rstrip() for row in rows]
     for level in run["levels"]:
@@ -124,7 +139,7 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 460, 300, 56, 40, 44, 28
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 STYLE = (
     "text{font-family:system-ui,sans-serif;fill:#1f2937}.title{font-size:15px;font-weight:600}.tick{font-size:12px}"
-    ".grid{stroke:#e5e7eb}polyline{fill:none;stroke-width:2}"
+    ".grid{stroke:#e5e7eb}polyline{fill:none;stroke-width:2}.last{stroke-dasharray:4 5;opacity:.6}"
 )
 STEPS = (1, 2, 2.5, 5, 10)
 
@@ -141,10 +156,17 @@ def ceiling(value: float) -> float:
     return next(step * power for step in STEPS if step * power >= value * 0.999)
 
 
-def _panel(title: str, axis: str, offset: int, lines: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
-    """Return one diagram: a line for each name, over the number of what the axis names."""
-    numbers = sorted({point[0] for points in lines.values() for point in points})
-    top = ceiling(max((point[1] for points in lines.values() for point in points), default=1.0))
+def _panel(
+    title: str,
+    axis: str,
+    offset: int,
+    lines: Mapping[str, Sequence[tuple[int, float]]],
+    last: Mapping[str, Sequence[tuple[int, float]]],
+) -> list[str]:
+    """Return one diagram: a line for each name, over the number of what the axis names; the last run dashed."""
+    drawn = [point for points in (*lines.values(), *last.values()) for point in points]
+    numbers = sorted({point[0] for point in drawn})
+    top = ceiling(max((point[1] for point in drawn), default=1.0))
     right, base = offset + WIDTH, TOP + HEIGHT
     places = {x: offset + LEFT + (WIDTH - LEFT) * (i + 0.5) / len(numbers) for i, x in enumerate(numbers)}
     made = [f'<text class="title" x="{offset + LEFT}" y="{TOP - 16}">{escape(title)}</text>']
@@ -160,10 +182,13 @@ def _panel(title: str, axis: str, offset: int, lines: Mapping[str, Sequence[tupl
         f'<text class="tick" text-anchor="middle" x="{(offset + LEFT + right) / 2}" y="{base + 36}">{escape(axis)}'
         "</text>"
     )
-    for number, points in enumerate(lines.values()):
+    for number, (name, points) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        dots = [(places[x], base - HEIGHT * y / top) for x, y in sorted(points)]
-        made.append(f'<polyline stroke="{colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in dots)}"/>')
+        for kind, some in ((' class="last"', last.get(name, ())), ("", points)):
+            dots = [(places[x], base - HEIGHT * y / top) for x, y in sorted(some)]
+            if dots or not kind:
+                path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
+                made.append(f'<polyline{kind} stroke="{colour}" points="{path}"/>')
         made += [f'<circle fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in dots]
     return made
 
@@ -179,8 +204,14 @@ def _lines(levels: Iterable[Mapping[str, Any]], figure: str) -> dict[str, list[t
     return found
 
 
-def drawing(axis: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+def drawing(
+    axis: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+    last: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] | None = None,
+) -> str:
     """Return an SVG picture that needs nothing else: a diagram for each title, over what the axis counts.
+
+    Lines of ``last`` are those of the last run, in the colours of the same names.
 
     Every diagram has the same names in the same order, so that one list of colours explains all.
     """
@@ -193,7 +224,7 @@ def drawing(axis: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, flo
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
     for number, (title, lines) in enumerate(panels.items()):
-        made += _panel(title, axis, number * (WIDTH + GAP), lines)
+        made += _panel(title, axis, number * (WIDTH + GAP), lines, (last or {}).get(title, {}))
     for number, name in enumerate(names):
         y = base + 16 + 20 * number
         made.append(f'<circle fill="{COLOURS[number % len(COLOURS)]}" cx="{LEFT + 6}" cy="{y - 4}" r="5"/>')
@@ -201,7 +232,12 @@ def drawing(axis: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, flo
     return "\n".join([*made, "</svg>", ""])
 
 
-def plot(run: Mapping[str, Any]) -> str:
-    """Return a picture of a run: speed, and the wait for the first token."""
-    speed, wait = _lines(run["levels"], "speed"), _lines(run["levels"], "first")
-    return drawing("clients", {"Tokens a second": speed, "Seconds to the first token, median": wait})
+def _panels(levels: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    speed, wait = _lines(levels, "speed"), _lines(levels, "first")
+    return {"Tokens a second": speed, "Seconds to the first token, median": wait}
+
+
+def plot(run: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Return a picture of a run: speed, and the wait for the first token; what the last run had is dashed."""
+    same = [old for level in run["levels"] if (old := _last(level, last))]
+    return drawing("clients" + (", dashed: the run before" if same else ""), _panels(run["levels"]), _panels(same))

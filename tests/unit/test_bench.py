@@ -133,9 +133,28 @@ def test_a_level_of_another_model_is_not_compared() -> None:
     assert "%" not in bench.table({"moment": "now", "levels": [level()]}, last)
 
 
+def test_figures_are_kept_with_their_change() -> None:
+    last = {"moment": "yesterday", "levels": [level(speed=80.0, first=0.1), level(4, speed=1.0)]}
+    report = bench_report({"moment": "now", "levels": [level(), level(2)]}, last)
+    assert report["run"]["compared_with"] == "yesterday"
+    changes = [kept["change"] for kept in report["run"]["levels"]]
+    assert changes[0] == {"tokens_per_second": 25.0, "first_token_seconds": -50.0}
+    assert changes[1] == {"tokens_per_second": None, "first_token_seconds": None}
+    assert bench_report(report["run"], report["run"])["table"].count("+0%") == 4
+
+
+def test_a_plot_shows_the_last_run_dashed() -> None:
+    last = {"moment": "yesterday", "levels": [level(1, speed=80.0), level(8, model="other")]}
+    lines = [line for line in bench.plot({"levels": [level(1), level(2)]}, last).splitlines() if "<polyline" in line]
+    # Two diagrams: what was, then what is, in one colour; what is not measured any more is not drawn.
+    assert len(lines) == 4
+    assert ['class="last"' in line for line in lines] == [True, False, True, False]
+    assert len({line.split('stroke="')[1].split('"')[0] for line in lines}) == 1
+
+
 def test_a_plot_is_whole_and_has_every_line() -> None:
     levels = [level(1), level(8, speed=430.0), level(1, host="<gpu>&2"), level(8, host="<gpu>&2", first=None)]
-    root = ET.fromstring(bench.plot({"levels": levels}))  # noqa: S314 our own text
+    root = ET.fromstring(bench.plot({"levels": levels}, {}))  # noqa: S314 our own text
     space = "{http://www.w3.org/2000/svg}"
     lines = root.findall(f"{space}polyline")
     assert len(lines) == 4
