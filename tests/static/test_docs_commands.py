@@ -44,6 +44,11 @@ RUN: dict[str, tuple[str, str]] = {
         "molecule/releases/tests/test_releases.py",
         "engine_releases.py",
     ),
+    # A newcomer's first steps are taken from the page itself.
+    "sudo apt-get update": ("molecule/quickstart/tests/test_quickstart.py", "docs/en/quickstart.md"),
+    "sudo apt-get install --yes git": ("molecule/quickstart/tests/test_quickstart.py", "docs/en/quickstart.md"),
+    "git clone": ("molecule/quickstart/tests/test_quickstart.py", "docs/en/quickstart.md"),
+    "cd": ("molecule/quickstart/tests/test_quickstart.py", "docs/en/quickstart.md"),
     # Every script/test runs with the environment's programs first.
     ". .venv/bin/activate": ("script/test", 'PATH="$PWD/.venv/bin:$PATH"'),
 }
