@@ -9,13 +9,17 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from testinfra.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
+ARCHIVES = "/var/backups/open-webui"
 
 
 @dataclass
@@ -66,6 +70,33 @@ class Ui:
         files = [entry["id"] for entry in (listed["items"] if isinstance(listed, dict) else listed)]
         contents = [person.call(f"/api/v1/files/{entry}/content") for entry in files]
         return self.call("/api/version")["version"], chats, contents
+
+
+def archives(host: Host, reason: str) -> list[str]:
+    """Return the backups of a reason on the host, the newest last."""
+    names = host.run(f"ls {ARCHIVES} | grep -- '-{reason}.tar.gz$'").stdout.split()
+    return [f"{ARCHIVES}/{name}" for name in sorted(names)]
+
+
+def people_of_the_older_release(host: Host, name: str, email: str, word: str, content: str) -> None:
+    """Have a person with a chat and a file in the release before an upgrade."""
+    with tunnel(name) as stranger:
+        password = host.file("/etc/open-webui/admin-password").content_string.strip()
+        admin = stranger.signed_in("admin@localhost", password)
+        admin.call("/api/v1/auths/add", {"name": "Person", "email": email, "password": word, "role": "user"})
+        person = stranger.signed_in(email, word)
+        person.ask("Before the upgrade")
+        person.upload("plan.txt", content)
+        assert stranger.seen(email, word) == ("0.12.0", ["Before the upgrade"], [content])
+
+
+def upgrade_saves_the_data_first(host: Host, play: Callable[[], Any]) -> None:
+    """Bring the newer release: it says where the data of the older one are, and a second run changes nothing."""
+    played = play()
+    assert played.changed() > 0
+    (archive,) = archives(host, "upgrade")
+    assert f"The data of Open WebUI 0.12.0 are in {archive}" in played.output
+    assert play().changed() == 0
 
 
 @contextmanager

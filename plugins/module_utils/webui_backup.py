@@ -365,19 +365,15 @@ class Postgresql:
     def load(self, path: Path, scratch: Path) -> None:
         """Put a copy in the place of what is there, which stays aside, in one transaction: all of it or nothing."""
         script = scratch / "load.sql"
-        with script.open("wb") as file:
+        with path.open("rb") as copy, script.open("wb") as file:
             file.write(f"BEGIN; ALTER SCHEMA public RENAME TO {BEFORE}; CREATE SCHEMA public;\n".encode())
             file.flush()
-            made = subprocess.run(
-                ["pg_restore", "--schema=public", "--no-owner", "--no-privileges", "--file=-", str(path)],
-                stdout=file,
-                stderr=subprocess.PIPE,
-                check=False,
-                text=True,
+            # The copy comes in by a descriptor: the account that the server knows may not reach its folder.
+            self.run(
+                ["pg_restore", "--schema=public", "--no-owner", "--no-privileges", "--file=-"],
+                source=copy,
+                target=file,
             )
-            if made.returncode:
-                raise BackupError(f"pg_restore refused: {made.stderr.strip()}")
-        with script.open("ab") as file:
             file.write(b"\nCOMMIT;\n")
         with script.open("rb") as file:
             self.run(["psql", "-Xq", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-f", "-"], source=file)

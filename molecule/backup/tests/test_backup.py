@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from webui import tunnel
+from hardening import exposure
+from webui import ARCHIVES, archives, people_of_the_older_release, tunnel, upgrade_saves_the_data_first
 
 if TYPE_CHECKING:
     from testinfra.host import Host
 
 ROOT = Path(__file__).parents[3]
 NAME, OTHER = "mol-backup", "mol-backup-1"
-FOLDER = "/var/backups/open-webui"
 LOCK = ROOT / "roles/open_webui/files/locks/open-webui-0.12.4-slim.txt"
 VARIABLES = {"open_webui_profile": "slim", "open_webui_offline": True, "backup_keep": 5}
 EMAIL, WORD = "person@localhost", secrets.token_urlsafe(18)
@@ -53,11 +54,6 @@ def seen(name: str = NAME) -> tuple[str, list[str], list[str]]:
         return stranger.seen(EMAIL, WORD)
 
 
-def archives(host: Host, reason: str) -> list[str]:
-    """Return the archives of a reason on the host, the newest last."""
-    return sorted(host.run(f"ls {FOLDER} | grep -- '-{reason}.tar.gz$'").stdout.split())
-
-
 def playbook(name: str, *hosts: str, **variables: object) -> subprocess.CompletedProcess[str]:
     """Run a playbook of the collection on hosts as its web interfaces."""
     inventory = json.dumps({"web_uis": {"hosts": dict.fromkeys(hosts)}})
@@ -73,14 +69,7 @@ def playbook(name: str, *hosts: str, **variables: object) -> subprocess.Complete
 @pytest.fixture(scope="module", autouse=True)
 def made(host: Host) -> None:
     """Have a person with a chat and a file in the older release."""
-    with tunnel(NAME) as stranger:
-        password = host.file("/etc/open-webui/admin-password").content_string.strip()
-        admin = stranger.signed_in("admin@localhost", password)
-        admin.call("/api/v1/auths/add", {"name": "Person", "email": EMAIL, "password": WORD, "role": "user"})
-        person = stranger.signed_in(EMAIL, WORD)
-        person.ask("Before the upgrade")
-        person.upload("plan.txt", CONTENT)
-    assert seen() == ("0.12.0", ["Before the upgrade"], [CONTENT])
+    people_of_the_older_release(host, NAME, EMAIL, WORD, CONTENT)
 
 
 def test_the_timer_makes_a_whole_archive_while_people_write(host: Host) -> None:
@@ -96,10 +85,10 @@ def test_the_timer_makes_a_whole_archive_while_people_write(host: Host) -> None:
     journal = host.check_output("journalctl -u open-webui-backup.service -o cat")
     assert writer.returncode == 0, journal
     (archive,) = archives(host, "timer")
-    assert f"{FOLDER}/{archive}: Open WebUI 0.12.0" in journal
-    file = host.file(f"{FOLDER}/{archive}")
-    assert (file.mode, host.file(FOLDER).mode) == (0o600, 0o700)
-    names = host.check_output(f"tar -tzf {FOLDER}/{archive}").split()
+    assert f"{archive}: Open WebUI 0.12.0" in journal
+    file = host.file(archive)
+    assert (file.mode, host.file(ARCHIVES).mode) == (0o600, 0o700)
+    names = host.check_output(f"tar -tzf {archive}").split()
     assert {"data/webui.db", "config/secret-key", "config/open-webui.env", "manifest.json"} <= set(names)
     assert any(re.fullmatch(r"data/uploads/.*plan\.txt", name) for name in names)
     assert host.service("open-webui-backup.timer").is_running
@@ -112,24 +101,17 @@ def test_the_timer_makes_a_whole_archive_while_people_write(host: Host) -> None:
 
 
 def test_the_unit_can_do_little(host: Host) -> None:
-    judged = host.check_output("systemd-analyze security open-webui-backup.service --no-pager")
-    score = re.search(r"exposure level for open-webui-backup.service: ([0-9.]+)", judged)
-    assert score is not None
-    assert float(score[1]) <= 2.0
+    assert exposure(host, "open-webui-backup.service") <= 2.0
 
 
 def test_an_upgrade_saves_the_data_first_and_loses_nothing(host: Host, play: Callable[..., Any]) -> None:
-    played = play("open_webui", **VARIABLES)
-    assert played.changed() > 0
-    (archive,) = archives(host, "upgrade")
-    assert f"The data of Open WebUI 0.12.0 are in {FOLDER}/{archive}" in played.output
+    upgrade_saves_the_data_first(host, functools.partial(play, "open_webui", **VARIABLES))
     assert seen() == ("0.12.4", ["Before the upgrade"], [CONTENT])
-    assert play("open_webui", **VARIABLES).changed() == 0
 
 
 def test_a_damaged_archive_is_refused_before_any_change(host: Host, play: Callable[..., Any]) -> None:
     (archive,) = archives(host, "upgrade")
-    host.check_output(f"head -c 20000 {FOLDER}/{archive} > /root/cut.tar.gz")
+    host.check_output(f"head -c 20000 {archive} > /root/cut.tar.gz")
     before = host.check_output("systemctl show open-webui.service --property=ExecMainPID --value")
     message = play("open_webui", "restore", open_webui_restore_archive="/root/cut.tar.gz", **VARIABLES).message()
     assert "/root/cut.tar.gz is damaged or cut" in message
@@ -170,11 +152,11 @@ def test_an_upgrade_that_fails_goes_back_by_itself(host: Host, play: Callable[..
 def test_going_back_and_forth_loses_nothing(host: Host, play: Callable[..., Any]) -> None:
     with tunnel(NAME) as stranger:
         stranger.signed_in(EMAIL, WORD).ask("After the upgrade")
-    first = f"{FOLDER}/{archives(host, 'upgrade')[0]}"
+    first = archives(host, "upgrade")[0]
     assert play("open_webui", "rollback", open_webui_rollback_archive=first, **VARIABLES).changed() > 0
     # What was made after the upgrade is in a backup; the older release can't read it.
     assert seen() == ("0.12.0", ["Before the upgrade"], [CONTENT])
-    later = f"{FOLDER}/{archives(host, 'rollback')[-1]}"
+    later = archives(host, "rollback")[-1]
     assert play("open_webui", **VARIABLES).changed() > 0
     assert seen() == ("0.12.4", ["Before the upgrade"], [CONTENT])
     assert play("open_webui", "restore", open_webui_restore_archive=later, **VARIABLES).changed() > 0

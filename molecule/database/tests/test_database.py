@@ -5,6 +5,7 @@ The tests stand in the order in which they run.
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 from collections.abc import Callable
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hardening import exposure
 from testinfra.host import Host
-from webui import tunnel
+from webui import archives, people_of_the_older_release, tunnel, upgrade_saves_the_data_first
 
 ROOT = Path(__file__).parents[3]
 NAME = "mol-database"
-FOLDER = "/var/backups/open-webui"
 VARIABLES = {"open_webui_profile": "slim", "open_webui_offline": True, "open_webui_database": "postgresql"}
 EMAIL, WORD = "person@localhost", secrets.token_urlsafe(18)
 CONTENT = secrets.token_hex(1 << 15)
@@ -48,13 +49,6 @@ def ask(title: str) -> None:
         stranger.signed_in(EMAIL, WORD).ask(title)
 
 
-def archives(host: Host, reason: str) -> list[str]:
-    """Return the archives of a reason on the host, the newest last."""
-    return [
-        f"{FOLDER}/{name}" for name in sorted(host.run(f"ls {FOLDER} | grep -- '-{reason}.tar.gz$'").stdout.split())
-    ]
-
-
 def told(host: Host, query: str, database: str = "open-webui", account: str = "postgres") -> Any:
     """Tell the server something as an account of the host."""
     return host.run(f"cd / && runuser -u {account} -- psql -XAtq -d {database} -c %s", query)
@@ -70,14 +64,7 @@ def sql(host: Host, query: str, database: str = "open-webui", account: str = "po
 @pytest.fixture(scope="module", autouse=True)
 def made(host: Host) -> None:
     """Have a person with a chat and a file in the older release."""
-    with tunnel(NAME) as stranger:
-        password = host.file("/etc/open-webui/admin-password").content_string.strip()
-        admin = stranger.signed_in("admin@localhost", password)
-        admin.call("/api/v1/auths/add", {"name": "Person", "email": EMAIL, "password": WORD, "role": "user"})
-        person = stranger.signed_in(EMAIL, WORD)
-        person.ask("Before the upgrade")
-        person.upload("plan.txt", CONTENT)
-    assert seen() == ("0.12.0", ["Before the upgrade"], [CONTENT])
+    people_of_the_older_release(host, NAME, EMAIL, WORD, CONTENT)
 
 
 def test_accounts_and_chats_are_in_postgresql_alone(host: Host) -> None:
@@ -108,19 +95,12 @@ def test_the_timer_saves_it_while_people_write(host: Host) -> None:
     names = host.check_output(f"tar -tzf {archive}").split()
     assert {"database/postgresql.dump", "config/secret-key", "manifest.json"} <= set(names)
     assert any(re.fullmatch(r"data/uploads/.*plan\.txt", name) for name in names)
-    judged = host.check_output("systemd-analyze security open-webui-backup.service --no-pager")
-    score = re.search(r"exposure level for open-webui-backup.service: ([0-9.]+)", judged)
-    assert score is not None
-    assert float(score[1]) <= 2.0
+    assert exposure(host, "open-webui-backup.service") <= 2.0
 
 
 def test_an_upgrade_saves_the_data_first_and_loses_nothing(host: Host, play: Callable[..., Any]) -> None:
-    played = play("open_webui", **VARIABLES)
-    assert played.changed() > 0
-    (archive,) = archives(host, "upgrade")
-    assert f"The data of Open WebUI 0.12.0 are in {archive}" in played.output
+    upgrade_saves_the_data_first(host, functools.partial(play, "open_webui", **VARIABLES))
     assert seen() == ("0.12.4", ["Before the upgrade"], [CONTENT])
-    assert play("open_webui", **VARIABLES).changed() == 0
 
 
 def test_going_back_and_forth_loses_nothing(host: Host, play: Callable[..., Any]) -> None:

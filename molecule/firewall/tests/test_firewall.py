@@ -14,6 +14,7 @@ from typing import Any
 
 import figures
 import testinfra
+from hardening import exposure
 
 ROOT = Path(__file__).resolve().parents[3]
 UNIT = "selfhost-firewall.service"
@@ -107,8 +108,7 @@ def test_the_host_itself_reaches_everything(host: Any) -> None:
 
 
 def test_the_unit_can_do_little(host: Any) -> None:
-    text = host.run(f"systemd-analyze security --no-pager {UNIT}").stdout
-    assert float(text.rsplit("exposure level for", 1)[1].split()[1]) <= 2.0, text
+    assert exposure(host, UNIT) <= 2.0
     assert host.check_output(f"systemctl show -P DynamicUser {UNIT}") == "yes"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hardening import exposure
 
 ROOT = Path(__file__).resolve().parents[3]
 VARIABLES = yaml.safe_load((ROOT / "molecule/monitoring/vars.yml").read_text())
@@ -69,10 +70,7 @@ def test_every_target_is_scraped_the_engine_with_its_key(host: Any) -> None:
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_units_are_closed(host: Any, unit: str) -> None:
-    security = host.run(f"systemd-analyze security --no-pager {unit}.service").stdout
-    score = float(re.search(r"Overall exposure level for \S+: ([0-9.]+)", security)[1])
-    print(f"{unit}: {score}")
-    assert score <= 2.0, security
+    assert exposure(host, f"{unit}.service") <= 2.0
 
 
 def test_everything_listens_on_the_host_alone(host: Any) -> None:

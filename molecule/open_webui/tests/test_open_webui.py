@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
-from contextlib import closing
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from urllib.error import HTTPError
 
 import pytest
 import yaml
+from hardening import exposure
+from webui import Ui, tunnel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,62 +31,11 @@ ADMIN = "boss@localhost"
 UNIT = "open-webui.service"
 
 
-class RefusedError(Exception):
-    """Open WebUI answered with an error; the only argument is its HTTP status."""
-
-
-@dataclass(frozen=True)
-class Ui:
-    """Open WebUI's HTTP API, as one signed-in account or as a stranger."""
-
-    url: str
-    token: str = ""
-
-    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Return the decoded answer; raise RefusedError where it is an error."""
-        headers = {
-            "Content-Type": "application/json",
-            **({"Authorization": f"Bearer {self.token}"} if self.token else {}),
-        }
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - the tunnel below
-        try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as refusal:
-            refusal.close()
-            raise RefusedError(refusal.code) from None
-
-    def signed_in(self, email: str, password: str) -> Ui:
-        """Return the same place, seen by an account."""
-        return Ui(self.url, self.call("/api/v1/auths/signin", {"email": email, "password": password})["token"])
-
-    def models(self) -> list[str]:
-        """Return the models that are offered."""
-        return [model["id"] for model in self.call("/api/models")["data"]]
-
-
 @pytest.fixture(scope="module")
 def ui() -> Iterator[Ui]:
-    """Return Open WebUI through a tunnel: it listens on the host's loopback alone."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tunnel = subprocess.Popen([*SSH, "-N", "-o", "ControlPath=none", "-L", f"{port}:127.0.0.1:8080", NAME])
-    try:
-        ui = Ui(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                ui.call("/health")
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "the tunnel does not open"
-                time.sleep(0.1)
-        yield ui
-    finally:
-        tunnel.terminate()
-        tunnel.wait()
+    """Return Open WebUI as a stranger finds it."""
+    with tunnel(NAME) as stranger:
+        yield stranger
 
 
 @pytest.fixture(scope="module")
@@ -149,17 +97,17 @@ def test_the_admin_signs_in_with_what_the_variables_say_now(admin: Ui, password:
 
 def test_sign_up_is_closed(ui: Ui) -> None:
     stranger = {"name": "Stranger", "email": "stranger@localhost", "password": "a-long-password"}
-    with pytest.raises(RefusedError, match=r"^403$"):
+    with pytest.raises(HTTPError, match="HTTP Error 403"):
         ui.call("/api/v1/auths/signup", stranger)
 
 
 def test_the_admins_old_address_is_gone(ui: Ui, password: str) -> None:
-    with pytest.raises(RefusedError, match=r"^400$"):
+    with pytest.raises(HTTPError, match="HTTP Error 400"):
         ui.signed_in("admin@localhost", password)
 
 
 def test_an_ordinary_user_sees_the_models_of_both_connections(person: Ui) -> None:
-    assert sorted(person.models()) == [MODEL, "recorder"]
+    assert sorted(model["id"] for model in person.call("/api/models")["data"]) == [MODEL, "recorder"]
 
 
 def test_an_ordinary_user_gets_the_models_own_answer(person: Ui) -> None:
@@ -202,6 +150,27 @@ def test_a_restart_returns_when_it_answers_and_sessions_survive_it(ui: Ui, perso
     )
     assert host.check_output(command) == "200"
     assert person.call("/api/v1/auths/")["role"] == "user"
+
+
+def test_a_run_that_waits_for_it_says_how_far_it_is(host: Host, tmp_path: Path) -> None:
+    """In the callback's line: what is done, for how long, and how long it took the last time."""
+    host.check_output("touch /etc/open-webui/open-webui.env")
+    unit = {"name": UNIT, "files": ["/etc/open-webui/open-webui.env"]}
+    tasks = [{"name": "Run", "selfhost.lmdeploy.unit_current": unit}]
+    playbook = tmp_path / "restart.yml"
+    playbook.write_text(json.dumps([{"hosts": NAME, "gather_facts": False, "tasks": tasks}]))
+    inventory = str(ROOT / "molecule/inventory/hosts.yml")
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("ansible-playbook")), "-i", inventory, str(playbook)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "SELFHOST_PROGRESS_SECONDS": "2"},
+    )
+    line = rf"^\.\.\. Run: \d+ s, waiting for {NAME} \(restart for \d+ s of \d+ s last time, .*\)$"
+    assert re.search(line, done.stdout, re.MULTILINE), done.stdout
+    assert not host.file("/run/selfhost-progress").exists
 
 
 def test_a_start_that_fails_says_so(host: Host) -> None:
@@ -251,10 +220,7 @@ def test_secrets_are_root_only_files(host: Host) -> None:
 
 
 def test_the_unit_can_do_little(host: Host) -> None:
-    judged = host.check_output(f"systemd-analyze security {UNIT} --no-pager")
-    score = re.search(r"exposure level for open-webui.service: ([0-9.]+)", judged)
-    assert score is not None
-    assert float(score[1]) <= 1.1
+    assert exposure(host, UNIT) <= 1.1
     pid = host.check_output(f"systemctl show {UNIT} --property=MainPID --value")
     status = dict(re.findall(r"^(\w+):\s*(\S+)", host.file(f"/proc/{pid}/status").content_string, re.MULTILINE))
     assert (status["NoNewPrivs"], status["Seccomp"], int(status["CapEff"], 16), int(status["CapBnd"], 16)) == (
