@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +95,68 @@ def test_status_tells_machines_what_runs(tmp_path: Path) -> None:
     assert '"unit": "api-server.service"' in verb("status", status_format="json").replace("\\", "")
 
 
-def test_an_installed_collection_finds_the_host_as_the_checkout_left_it(tmp_path: Path) -> None:
-    """By their full names, from another folder, without the checkout's settings: same roles, same state, no change."""
-    environment = {
-        **os.environ,
-        "ANSIBLE_COLLECTIONS_PATH": str(tmp_path),
-        "ANSIBLE_CONFIG": str(tmp_path / "none.cfg"),
-        "ANSIBLE_FORCE_COLOR": "0",
-    }
+@dataclass(frozen=True)
+class Outside:
+    """Another folder, without the checkout's settings, with the collection as `ansible-galaxy` installs it."""
 
-    def run(*command: str, folder: Path = tmp_path) -> str:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    folder: Path
+
+    def run(self, *command: str, expected: int = 0, folder: Path | None = None) -> str:
+        """Return what a command printed there."""
+        environment = {
+            **os.environ,
+            "ANSIBLE_COLLECTIONS_PATH": str(self.folder),
+            "ANSIBLE_CONFIG": str(self.folder / "none.cfg"),
+            "ANSIBLE_FORCE_COLOR": "0",
+        }
+        place = folder or self.folder
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == expected, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
-    run("ansible-galaxy", "collection", "build", "--output-path", str(tmp_path), folder=ROOT)
-    (archive,) = tmp_path.glob("selfhost-lmdeploy-*.tar.gz")
-    run("ansible-galaxy", "collection", "install", "--offline", "-p", str(tmp_path), str(archive))
-    inventories = [word for path in INVENTORIES for word in ("-i", str(ROOT / path))]
-    output = run("ansible-playbook", *inventories, "selfhost.lmdeploy.site")
+    def play(self, name: str, *, expected: int = 0, **variables: Any) -> str:
+        """Run a playbook by its full name."""
+        inventories = [word for path in INVENTORIES for word in ("-i", str(ROOT / path))]
+        given = ["-e", json.dumps(variables)]
+        return self.run("ansible-playbook", *inventories, f"selfhost.lmdeploy.{name}", *given, expected=expected)
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Outside:
+    """Return a folder with the installed collection."""
+    found = Outside(tmp_path_factory.mktemp("outside"))
+    found.run("ansible-galaxy", "collection", "build", "--output-path", str(found.folder), folder=ROOT)
+    (archive,) = found.folder.glob("selfhost-lmdeploy-*.tar.gz")
+    found.run("ansible-galaxy", "collection", "install", "--offline", "-p", str(found.folder), str(archive))
+    return found
+
+
+def test_an_installed_collection_finds_the_host_as_the_checkout_left_it(outside: Outside) -> None:
+    """By their full names: same roles, same state, no change."""
+    output = outside.play("site")
     assert recap(output, "changed") == 0, output
-    assert "through Open WebUI" in run("ansible-playbook", *inventories, "selfhost.lmdeploy.smoke")
+    assert "through Open WebUI" in outside.play("smoke")
+
+
+@pytest.mark.skipif(os.environ.get("TEST_FULL") != "1", reason="takes minutes more: set TEST_FULL=1")
+def test_every_playbook_runs_by_its_full_name(outside: Outside, tmp_path: Path) -> None:
+    """To its end where that leaves the host as it is; the others say what they lack."""
+    given: dict[str, dict[str, Any]] = {
+        "bench": {"bench_clients": [1], "bench_requests": 1, "bench_max_tokens": 8, "bench_dir": str(tmp_path)},
+        "doctor": {"doctor_file": str(tmp_path / "report.md")},
+    }
+    ends = ["preflight", "site", "smoke", "status", "drift", *given, "backup", "restore", "redeploy", "rotate"]
+    refusals: dict[str, tuple[dict[str, Any], str]] = {
+        "bundle": ({}, "bundle_dir"),
+        "rollback": ({"rollback_release": "0" * 12}, "no whole release"),
+        "uninstall": ({}, "uninstall_confirmed"),
+    }
+    assert {path.stem for path in (ROOT / "playbooks").glob("*.yml")} == {*ends, *refusals}
+    for name in ends:
+        assert recap(outside.play(name, **given.get(name, {})), "failed") == 0
+    for name, (variables, word) in refusals.items():
+        assert word in outside.play(name, expected=2, **variables)
+    assert recap(outside.play("site"), "changed") == 0
 
 
 @pytest.mark.parametrize("tag", ["model_weights", "api_server", "open_webui"])
