@@ -162,7 +162,7 @@ if settled:
     # Whoever drains sees that in the engine's last change, too.
     has_gone = changed < age - 5
     if not is_free or not (has_gone or age >= drain + settled):
-        sys.exit()
+        raise SystemExit
 ask(f"set server {backend}/{engine} state ready")
 subprocess.run(["systemctl", "stop", *timers])
 """

@@ -90,3 +90,10 @@ def test_a_translation_is_not_a_difference() -> None:
     """Words, comments and anchors may differ."""
     english = "# A\n\n[A](a.md#one) `x` 5 s\n\n```bash\nls  # look\n```\n"
     assert differences(english, "# 甲\n\n[甲](a.md#一) `x` 5 s\n\n```bash\nls  # 看\n```\n") == []
+
+
+def test_pages_have_quotes_that_ansible_test_takes() -> None:
+    """Its no-smart-quotes, which runs with --full alone: Chinese pages quote with 「」."""
+    quotes = re.compile("[\u2018\u2019\u201c\u201d]")
+    pages = [name for pair in twins().items() for name in pair]
+    assert not [name for name in pages if quotes.search((ROOT / name).read_text(encoding="utf-8"))]
