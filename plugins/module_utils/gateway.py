@@ -110,6 +110,10 @@ def faults(variables: dict[str, Any]) -> list[str]:
     found = _engine_faults(variables["engines"]) + _key_faults(variables["api_keys"])
     if not HOST.fullmatch(variables["name"]):
         found.append(f"gateway_name is '{variables['name']}': it is the name or address that clients use")
+    if not HOST.fullmatch(str(variables["host"])):
+        found.append(
+            f"gateway_host is '{variables['host']}': it is an address of this host, or 0.0.0.0 for all of them"
+        )
     for ui in variables["web_uis"]:
         if not HOST.fullmatch(str(ui.get("address") or "")) or not NAME.fullmatch(str(ui.get("name") or "")):
             found.append(

@@ -34,7 +34,7 @@ RUN: dict[str, tuple[str, str]] = {
     "INPUTS=1000 pytest tests/inputs": ("tests/inputs/test_inputs.py", "INPUTS"),
     "ansible-galaxy collection build": ("tests/static/test_commands.py", '"ansible-galaxy", "collection", "build"'),
     "ansible-galaxy collection install": ("molecule/site/tests/test_site.py", '"collection", "install"'),
-    "ansible-playbook selfhost.lmdeploy.site": ("molecule/site/tests/test_site.py", '"selfhost.lmdeploy.site"'),
+    "ansible-playbook selfhost.lmdeploy.site": ("molecule/site/tests/test_site.py", 'f"selfhost.lmdeploy.{name}"'),
     "ansible-builder create": ("tests/static/test_commands.py", '"ansible-builder", "create"'),
     "age-keygen": ("tests/unit/test_webui_backup.py", "age-keygen"),
     "systemctl status": ("molecule/api_server/tests/test_api_server.py", "is_running"),

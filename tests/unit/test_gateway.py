@@ -21,13 +21,13 @@ def variables(**changes: Any) -> dict[str, Any]:
     """Return variables that are right."""
     return {
         "name": "gw.example.org",
+        "host": "0.0.0.0",
         "engines": [engine("a-1")],
         "web_uis": [{"name": "ui", "address": "127.0.0.1", "port": 8080}],
         "api_paths": ["/v1/chat/completions"],
         "api_keys": [{"name": "alice", "key": KEY}],
         "tls_certificate": "",
         "tls_key": "",
-        "host": "0.0.0.0",
         "ca_certificate": "",
         "ca_key": "",
         "virtual_address": "",
@@ -72,6 +72,7 @@ def test_models_whose_names_look_alike_have_backends_of_their_own() -> None:
         ({"api_keys": [{"name": "a\nb", "key": KEY}]}, ".name is no name"),
         ({"api_keys": [{"name": "a", "key": KEY}, {"name": "b", "key": KEY}]}, "one key under two names"),
         ({"name": "gw example"}, "gateway_name is 'gw example'"),
+        ({"host": "\u6a21\u578b"}, "gateway_host is"),
         ({"web_uis": [{"name": "ui", "address": "", "port": 1}]}, "gateway_web_uis"),
         ({"api_paths": ["/terminate"]}, "gateway_api_paths has '/terminate'"),
         ({"api_paths": ["/v1/../terminate"]}, "gateway_api_paths has '/v1/../terminate'"),

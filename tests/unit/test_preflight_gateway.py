@@ -9,6 +9,11 @@ import pytest
 from ansible_collections.selfhost.lmdeploy.plugins.module_utils.preflight_desired import Desired, Peer
 
 GATEWAY: dict[str, Any] = {
+    "gateway_ca_certificate": "",
+    "gateway_ca_key": "",
+    "gateway_virtual_address": "",
+    "gateway_virtual_gateways": [],
+    "gateway_virtual_router": 51,
     "gateway_name": "gw.example.org",
     "gateway_host": "0.0.0.0",
     "gateway_port": 443,
@@ -20,11 +25,6 @@ GATEWAY: dict[str, Any] = {
     "gateway_api_keys": [],
     "gateway_tls_certificate": "",
     "gateway_tls_key": "",
-    "gateway_ca_certificate": "",
-    "gateway_ca_key": "",
-    "gateway_virtual_address": "",
-    "gateway_virtual_gateways": [],
-    "gateway_virtual_router": 51,
     "gateway_request_mib": 16,
     "gateway_engine_requests": 64,
     "gateway_connections": 1000,
@@ -64,6 +64,55 @@ def test_the_roles_own_rules_are_told_before_anything_changes() -> None:
     assert "too-short-a-key" not in str(found)
 
 
+BACKUP: dict[str, Any] = {
+    "backup_dir": "/var/backups/open-webui",
+    "backup_keep": 7,
+    "backup_recipient": "",
+    "backup_schedule": "*-*-* 03:15:00",
+}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("backup_dir", "/", "folder of its own"),
+        ("backup_keep", 0, "one archive or more"),
+        ("backup_recipient", "ssh-ed25519", "public key of age"),
+        ("backup_schedule", "7", "oncalendar"),
+        ("backup_schedule", "a b", "oncalendar"),
+        ("backup_schedule", "", "oncalendar"),
+    ],
+)
+def test_what_the_role_backup_would_refuse_is_told_beforehand(variable: str, value: Any, words: str) -> None:
+    given = {**BACKUP, variable: value}
+    found = hosts.the("role_rule", hosts.wish(_roles=frozenset({"backup"}), **given))
+    assert found.variable == variable
+    assert words in f"{found.message} {found.fix}".lower()
+
+
+def test_a_schedule_can_not_bring_a_setting_of_its_own() -> None:
+    found = hosts.the("hostile_text", hosts.wish(backup_schedule="daily\nUnit=other.service"))
+    assert found.variable == "backup_schedule"
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "daily",
+        "Mon..Fri 03:15",
+        "Sat,Sun",
+        "*-*-* 03:15:00 Europe/Berlin",
+        "*-*-1 04:00 UTC",
+        "*:0/15",
+        "Sun *-*-* 2:00",
+    ],
+)
+def test_a_schedule_that_systemd_takes_is_none_of_its_faults(schedule: str) -> None:
+    assert hosts.checks(hosts.wish(_roles=frozenset({"backup"}), **{**BACKUP, "backup_schedule": schedule})) == set()
+
+
+def test_a_name_that_no_file_system_takes_is_refused() -> None:
+    assert hosts.the("path", hosts.wish(backup_copy_to="/mnt/" + "a" * 300)).variable == "backup_copy_to"
 
 
 def test_an_address_that_no_gateway_can_share_is_told_before_anything_changes() -> None:
