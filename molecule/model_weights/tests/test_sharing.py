@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -108,7 +109,10 @@ def test_strangers_get_nothing_and_the_door_closes_by_itself(fleet: dict[str, An
         "import ssl, urllib.request as u; c = ssl._create_unverified_context(); "
         f"print(u.urlopen('https://{address}:{PORT}/x/y/z', timeout=5, context=c).status)"
     )
-    assert "ALERT_CERTIFICATE_REQUIRED" in fleet[SECOND].run("python3 -c %s", trial).stderr.upper().replace(" ", "_")
+    # The server's alert, or the end of the connection where that was read first.
+    refusal = fleet[SECOND].run("python3 -c %s", trial)
+    assert re.search(r"(?i)alert.certificate.required|EOF occurred|connection reset", refusal.stderr), refusal
+    assert refusal.stdout == ""
     assert "timed out" in fleet[THIRD].run("python3 -c %s", trial.replace("timeout=5", "timeout=2")).stderr
     # This machine is on the hosts' network, and no host of the fleet.
     with pytest.raises(OSError, match="timed out"):
