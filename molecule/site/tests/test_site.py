@@ -117,7 +117,8 @@ class Outside:
     def play(self, name: str, *, expected: int = 0, **variables: Any) -> str:
         """Run a playbook by its full name."""
         inventories = [word for path in INVENTORIES for word in ("-i", str(ROOT / path))]
-        given = ["-e", json.dumps(variables)]
+        # Other hosts of the inventory belong to other scenarios, which may run beside this one.
+        given = ["--limit", f"{HOST}:localhost", "-e", json.dumps(variables)]
         return self.run("ansible-playbook", *inventories, f"selfhost.lmdeploy.{name}", *given, expected=expected)
 
 
