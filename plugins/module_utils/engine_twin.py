@@ -11,7 +11,6 @@ Both are gone after a boot, and the unit ends by itself after a while, so a lost
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,4 @@ class Twin:
 
 def port_of(engine: Releases) -> int:
     """Return the port of the release that runs, 0 where none does."""
-    try:
-        return int(json.loads(read(engine.folder(engine.running()) / "instance.json"))["port"])
-    except (ValueError, KeyError):
-        return 0
+    return int(read_json(engine.folder(engine.running()) / "instance.json").get("port", 0))

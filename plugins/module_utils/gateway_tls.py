@@ -170,16 +170,21 @@ def _normal(name: str) -> str:
         return name
 
 
-def judge_authority(key: str, certificate: str) -> None:
-    """Raise with what is wrong with an authority that a person gave."""
+def _judge_pair(prefix: str, certificate: str, key: str, fix: str) -> None:
+    """Raise unless the variables ``prefix``_certificate and ``prefix``_key are texts that belong together."""
     try:
         fits = belongs(key, certificate)
     except TlsFault as fault:
-        message = f"gateway_ca_certificate or gateway_ca_key is no PEM text: {fault}"
+        message = f"{prefix}_certificate or {prefix}_key is no PEM text: {fault}"
         raise TlsFault(message) from fault
     if not fits:
-        message = "gateway_ca_key is not the key of gateway_ca_certificate: give the two that belong together"
+        message = f"{prefix}_key is not the key of {prefix}_certificate: {fix}"
         raise TlsFault(message)
+
+
+def judge_authority(certificate: str, key: str) -> None:
+    """Raise with what is wrong with an authority that a person gave."""
+    _judge_pair("gateway_ca", certificate, key, "give the two that belong together")
     if not lasts(certificate, LONGEST_DAYS):
         message = f"gateway_ca_certificate ends within {LONGEST_DAYS} days, before what it signs: give a longer one"
         raise TlsFault(message)
@@ -187,14 +192,7 @@ def judge_authority(key: str, certificate: str) -> None:
 
 def given(certificate: str, key: str) -> str:
     """Return the PEM file of a certificate and key that a person gave, or raise with what is wrong with them."""
-    try:
-        fits = belongs(key, certificate)
-    except TlsFault as fault:
-        message = f"gateway_tls_certificate or gateway_tls_key is no PEM text: {fault}"
-        raise TlsFault(message) from fault
-    if not fits:
-        message = "gateway_tls_key is not the key of gateway_tls_certificate: the server's own certificate comes first"
-        raise TlsFault(message)
+    _judge_pair("gateway_tls", certificate, key, "the server's own certificate comes first")
     if not lasts(certificate, 0):
         message = "gateway_tls_certificate has ended: give a new one"
         raise TlsFault(message)

@@ -123,7 +123,7 @@ def certificates(params: dict[str, Any], changes: list[str]) -> dict[str, str]:
     if params["ca_certificate"]:
         given_key, given = f"{params['ca_key'].strip()}\n", f"{params['ca_certificate'].strip()}\n"
         if given != authority:
-            tls.judge_authority(given_key, given)
+            tls.judge_authority(given, given_key)
             changes.append("authority: another one is given, so clients must trust it anew")
         key, authority = given_key, given
     elif key is None or authority is None or not tls.lasts(authority, tls.LONGEST_DAYS):

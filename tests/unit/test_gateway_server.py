@@ -192,6 +192,16 @@ def test_an_engine_without_another_one_stays_in_use() -> None:
     ]
 
 
+def test_a_twin_counts_only_while_it_serves() -> None:
+    """Else a host alone with its model could never be changed, and with its twin at work never be drained."""
+    proxy = HAProxy(("model_m", "gpu-1-9"), ("model_m", "gpu-1-twin-10"))
+    proxy.state["model_m", "gpu-1-twin-10"] = 0
+    assert converge(proxy, "gpu-1", "drained", served=True)["servers"][0]["is_spared"]
+    proxy.state["model_m", "gpu-1-twin-10"] = 2
+    (server,) = converge(proxy, "gpu-1", "drained", served=True)["servers"]
+    assert (server["is_drained"], server["is_spared"]) == (True, False)
+
+
 def test_the_last_good_engine_is_not_drained() -> None:
     proxy = HAProxy(*TWO)
     converge(proxy, "gpu-1", "drained", served=True)
